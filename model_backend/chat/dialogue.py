@@ -1,0 +1,144 @@
+"""Dialogues over token ids: what was sampled is what the next call sees.
+
+    ids = [tools] [observed] [prompt + sampled] [observed] [prompt + sampled] …
+
+A ``TokenDialogue`` only ever appends. The ids that a model sampled are never decoded and encoded
+again, so the ids of a call are the ids that training sees. All reasoning is kept, where the stock
+template of K2.5 drops it once a final answer was given (``ChatFormat.render_dialogue`` renders
+that way): dropping would rewrite ids that are already on record and in the cache.
+
+A turn that ended without ``<|im_end|>`` (cut by length, or aborted) gets it from the next step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from swarm_sdk.errors import ContextOverflow
+from swarm_sdk.types import Turn
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from swarm_sdk.model_backend.chat.template import ChatFormat
+    from swarm_sdk.types import Engine, Image, Message, Sampling, ToolSpec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenModel:
+    """A ``Model`` over an engine that takes and gives token ids."""
+
+    name: str
+    engine: Engine
+    chat_format: ChatFormat
+    context_tokens: int
+    """How many tokens the engine's context holds, prompt and completion together."""
+
+    @property
+    def is_replayable(self) -> bool:
+        """Always: the episodes hold the exact ids and log-probabilities."""
+        return True
+
+    def dialogue(
+        self,
+        tools: Sequence[ToolSpec],
+        *,
+        ids: Sequence[int] = (),
+        num_calls: int = 0,
+        images: Sequence[Image] = (),
+    ) -> TokenDialogue:
+        """Open a conversation, or go on with a recorded one.
+
+        To resume, give the recorded ``ids`` (all deltas of the dialogue in order), the number of
+        tool calls in them, and the pictures that were observed.
+        """
+        return TokenDialogue(self, tools, ids=ids, num_calls=num_calls, images=images)
+
+    async def aclose(self) -> None:
+        """Close the engine."""
+        await self.engine.aclose()
+
+
+class TokenDialogue:
+    """One conversation as one growing list of token ids."""
+
+    def __init__(
+        self,
+        model: TokenModel,
+        tools: Sequence[ToolSpec],
+        *,
+        ids: Sequence[int],
+        num_calls: int,
+        images: Sequence[Image],
+    ) -> None:
+        self._model = model
+        self._format = model.chat_format
+        self._tools = tuple(tools)
+        self._ids = list(ids)
+        self._num_calls = num_calls
+        self._images = list(images)
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """All ids so far, in order."""
+        return tuple(self._ids)
+
+    @property
+    def num_calls(self) -> int:
+        """Tool calls so far; the next call gets this number."""
+        return self._num_calls
+
+    def observe(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """Append messages of any role; returns the ids added.
+
+        The first ids also declare the tools; the ids after an unfinished turn also end it.
+        """
+        added = self._lead()
+        for message in messages:
+            added += self._format.render(message)
+            self._num_calls += len(message.tool_calls)
+            if self._format.has_vision:
+                self._images += message.images
+        self._ids += added
+        return tuple(added)
+
+    async def sample(self, sampling: Sampling) -> Turn:
+        """Draw the model's next turn and append it; on an error nothing is appended.
+
+        ``max_tokens`` is cut to the room that is left in the context.
+
+        Raises:
+            ContextOverflow: there is no room for a single token.
+            ModelError: as the engine raises it.
+        """
+        prompt = self._lead() + self._format.generation_prompt()
+        context = self._ids + prompt
+        room = self._model.context_tokens - len(context)
+        if room <= 0:
+            raise ContextOverflow(
+                num_prompt_tokens=len(context), limit_tokens=self._model.context_tokens
+            )
+        stop_ids = dict.fromkeys((*sampling.stop_token_ids, self._format.end_of_turn_id))
+        generation = await self._model.engine.generate(
+            context,
+            replace(
+                sampling,
+                max_tokens=min(sampling.max_tokens, room),
+                stop_token_ids=tuple(stop_ids),
+            ),
+            tuple(self._images),
+        )
+        message = self._format.parse_turn(
+            generation.token_ids, first_call_index=self._num_calls, tools=self._tools
+        )
+        self._ids = [*context, *generation.token_ids]
+        self._num_calls += len(message.tool_calls)
+        return Turn(message=message, generation=generation, prompt_ids=tuple(prompt))
+
+    def _lead(self) -> list[int]:
+        """Return what precedes the next turn: the tools at the start, an end that is missing."""
+        if not self._ids:
+            return self._format.open(self._tools)
+        end = self._format.end_of_turn_id
+        return [] if self._ids[-1] == end else [end]

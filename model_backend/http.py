@@ -1,0 +1,295 @@
+"""HTTP to a model server: one pooled session, typed errors, one rule for asking again.
+
+    Retry.run(attempt) ──> ServerClient.post(path, json) ──> aiohttp session (kept-alive)
+
+What went wrong decides the error, and the error decides whether to ask again:
+
+    refused, reset, cut off, silent too long, body cut or no JSON   retryable
+    408, 429, 500, 502, 503, 504                                    retryable, after Retry-After
+    400 and 413 that tell of the context length                     ContextOverflow
+    any other status >= 400                                         not retryable
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import re
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+from urllib.parse import urlsplit
+
+import aiohttp
+import anyio
+import tenacity
+
+from swarm_sdk.errors import ConfigError, ContextOverflow, ModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping
+
+    from swarm_sdk.types import Image
+
+AnswerT = TypeVar("AnswerT")
+
+_RETRYABLE_STATUSES: Final = frozenset({408, 429, 500, 502, 503, 504})
+_LONGEST_QUOTE: Final = 400
+"""Characters of a server's error message that ours repeats."""
+
+# How servers word that a prompt is too long, the most telling number first: OpenAI, vLLM, SGLang,
+# Moonshot, llama.cpp. A message counts only if it names the limit and the prompt.
+_LIMIT_PATTERNS: Final = (
+    r"context (?:length|window|size)(?: of| is)?\W{0,4}(\d+)",
+    r"limit of (\d+) tokens",
+    r"token limit\W{1,3}(\d+)",
+    r"n_ctx\W{1,4}(\d+)",
+)
+_PROMPT_PATTERNS: Final = (
+    r"(\d+) tokens from the input",
+    r"(\d+) (?:tokens )?in the (?:messages|prompt)",
+    r"resulted in (\d+) tokens",
+    r"has (\d+) input tokens",
+    r"input \((\d+) tokens",
+    r"n_prompt_tokens\W{1,4}(\d+)",
+    r"requested\W{1,3}(?:a total of )?(\d+)",
+)
+
+
+class _BusyError(ModelError):
+    """A retryable error of a server that said how long to wait."""
+
+    def __init__(self, message: str, *, status: int, retry_after_s: float) -> None:
+        super().__init__(message, status=status, retryable=True)
+        self.retry_after_s = retry_after_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retry:
+    """How often a failed call is tried again: waits grow as 2^k with jitter."""
+
+    attempts: int = 6
+    """Tries in all, the first included."""
+    total_s: float = 600.0
+    """No try starts later than this after the first."""
+    first_wait_s: float = 0.5
+    longest_wait_s: float = 30.0
+    """Bound of the growing wait; a server's own Retry-After may be longer."""
+
+    def __post_init__(self) -> None:
+        if self.attempts < 1 or min(self.total_s, self.first_wait_s, self.longest_wait_s) < 0:
+            raise ConfigError(f"retries need attempts >= 1 and no negative time, got {self}")
+
+    async def run(self, attempt: Callable[[], Awaitable[AnswerT]]) -> AnswerT:
+        """Call ``attempt`` until it returns, fails for good, or the tries are used up.
+
+        Raises:
+            ModelError: that of the last try.
+        """
+        grow = tenacity.wait_random_exponential(
+            multiplier=self.first_wait_s, max=self.longest_wait_s
+        )
+
+        def wait_s(state: tenacity.RetryCallState) -> float:
+            error = state.outcome.exception() if state.outcome is not None else None
+            asked_s = error.retry_after_s if isinstance(error, _BusyError) else 0.0
+            return max(asked_s, grow(state))
+
+        async def once() -> AnswerT:
+            return await attempt()
+
+        retrying = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception(_is_retryable),
+            wait=wait_s,
+            stop=tenacity.stop_after_attempt(self.attempts)
+            | tenacity.stop_before_delay(self.total_s),
+            sleep=anyio.sleep,
+            reraise=True,
+        )
+        return await retrying(once)
+
+
+def _is_retryable(error: BaseException) -> bool:
+    return isinstance(error, ModelError) and error.retryable
+
+
+class ServerClient:
+    """Posts JSON to one server and gets JSON back.
+
+    The session opens with the first call, inside the running event loop; every loop has its own, so
+    a client outlives ``anyio.run``. Cancelling a call closes its connection.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        api_key: str | None = None,
+        timeout_s: float = 600.0,
+        max_connections: int = 0,
+    ) -> None:
+        """Check the address; connects to nothing.
+
+        ``timeout_s`` bounds one call. ``max_connections`` = 0 sets no bound.
+
+        Raises:
+            ConfigError: ``base_url`` is no http(s) address, or a number is out of range.
+        """
+        self.base_url: Final = _checked_url(base_url)
+        if timeout_s <= 0 or max_connections < 0:
+            raise ConfigError("timeout_s must be > 0 and max_connections >= 0")
+        self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        self._timeout_s = timeout_s
+        self._max_connections = max_connections
+        self._sessions: dict[asyncio.AbstractEventLoop, aiohttp.ClientSession] = {}
+
+    async def post(self, path: str, payload: Mapping[str, Any]) -> Any:
+        """Send ``payload`` once and give back the parsed answer.
+
+        Raises:
+            ModelError: as the table at the top of this file; ``status`` where there was one.
+            ContextOverflow: the server said that the prompt does not fit.
+        """
+        return await self._call("POST", path, payload)
+
+    async def get(self, path: str) -> Any:
+        """Read ``path`` once; raises as ``post``."""
+        return await self._call("GET", path, None)
+
+    async def aclose(self) -> None:
+        """Close the connections of this event loop."""
+        session = self._sessions.pop(asyncio.get_running_loop(), None)
+        if session is not None:
+            await session.close()
+
+    async def _call(self, method: str, path: str, payload: Mapping[str, Any] | None) -> Any:
+        url = self.base_url + path
+        try:
+            async with self._session().request(method, url, json=payload) as response:
+                body = await response.read()
+        except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError) as error:
+            raise ModelError(f"{url} is not an address that can be called") from error
+        except aiohttp.ClientConnectorCertificateError as error:
+            raise ModelError(f"{url} does not show a valid certificate: {error}") from error
+        except aiohttp.ClientConnectorError as error:
+            raise ModelError(
+                f"no server answers at {self.base_url}; start it, or correct the address",
+                retryable=True,
+            ) from error
+        except TimeoutError as error:
+            raise ModelError(
+                f"{url} gave no answer within {self._timeout_s:g} s", retryable=True
+            ) from error
+        except aiohttp.ClientError as error:
+            raise ModelError(
+                f"the connection to {url} broke before the answer was complete", retryable=True
+            ) from error
+        if response.status >= HTTPStatus.BAD_REQUEST:
+            raise _error_of(url, response.status, response.headers, body)
+        if not body:
+            return None
+        try:
+            return json.loads(body)
+        except ValueError as error:
+            raise ModelError(f"{url} sent an answer that is not JSON", retryable=True) from error
+
+    def _session(self) -> aiohttp.ClientSession:
+        loop = asyncio.get_running_loop()
+        session = self._sessions.get(loop)
+        if session is None:
+            # Loops that ended took their connections with them.
+            self._sessions = {
+                live: kept for live, kept in self._sessions.items() if not live.is_closed()
+            }
+            session = self._sessions[loop] = aiohttp.ClientSession(
+                headers=self._headers,
+                connector=aiohttp.TCPConnector(limit=self._max_connections),
+                timeout=aiohttp.ClientTimeout(total=self._timeout_s),
+            )
+        return session
+
+
+def context_overflow(message: str) -> ContextOverflow | None:
+    """Read the overflow that a server's error message tells of; ``None`` if it tells of none.
+
+    >>> context_overflow("The input (90 tokens) is longer than the model's context length "
+    ...                  "(64 tokens).").limit_tokens
+    64
+    """
+    limit = _first_number(_LIMIT_PATTERNS, message)
+    prompt = _first_number(_PROMPT_PATTERNS, message)
+    if limit is None or prompt is None:
+        return None
+    return ContextOverflow(num_prompt_tokens=prompt, limit_tokens=limit)
+
+
+def _first_number(patterns: tuple[str, ...], message: str) -> int | None:
+    for pattern in patterns:
+        if found := re.search(pattern, message):
+            return int(found[1])
+    return None
+
+
+def data_url(image: Image) -> str:
+    """Encode the picture as a ``data:`` address, as servers take it in JSON."""
+    return f"data:{image.media_type};base64,{base64.b64encode(image.data).decode('ascii')}"
+
+
+def _checked_url(base_url: str) -> str:
+    try:
+        parts = urlsplit(base_url)
+        _ = parts.port  # raises where it is no number
+    except ValueError:
+        parts = urlsplit("")
+    if parts.scheme not in {"http", "https"} or not parts.hostname or parts.query or parts.fragment:
+        raise ConfigError(
+            f"{base_url!r} is not the address of a server; give one like http://HOST:PORT/v1"
+        )
+    return base_url.rstrip("/")
+
+
+def _error_of(url: str, status: int, headers: Mapping[str, str], body: bytes) -> ModelError:
+    """Build the error for an answer with ``status`` >= 400."""
+    text = body.decode("utf-8", errors="replace")
+    message, code = _message_and_code(text)
+    if status in {HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_ENTITY_TOO_LARGE}:
+        overflow = context_overflow(text)
+        if overflow is not None:
+            return overflow
+    sentence = f"{url} answered {status}: {message or HTTPStatus(status).phrase}"
+    # A spent quota comes as 429 as well, and waiting does not refill it.
+    if status not in _RETRYABLE_STATUSES or code == "insufficient_quota":
+        return ModelError(sentence, status=status)
+    return _BusyError(sentence, status=status, retry_after_s=_retry_after_s(headers))
+
+
+def _message_and_code(text: str) -> tuple[str, str]:
+    """Read what a server says of its error, on one line, and its error code."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = text
+    if isinstance(found, dict) and isinstance(found.get("error"), dict | str):
+        found = found["error"]
+    code = ""
+    if isinstance(found, dict):
+        code = str(found.get("code") or found.get("type") or "")
+        found = found.get("message") or found.get("detail") or found
+    message = " ".join(str(found).split())
+    return (message if len(message) <= _LONGEST_QUOTE else message[:_LONGEST_QUOTE] + "…"), code
+
+
+def _retry_after_s(headers: Mapping[str, str]) -> float:
+    """Seconds to wait by the ``Retry-After`` header, which holds seconds or a date; 0 without."""
+    value = headers.get("Retry-After", "")
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
+    except (TypeError, ValueError):
+        return 0.0

@@ -1,0 +1,1 @@
+"""Hot operations, each with a plain reference."""

@@ -1,0 +1,1 @@
+"""The Kimi K2.5 network in plain PyTorch."""

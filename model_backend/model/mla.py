@@ -1,0 +1,181 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1).
+
+Each token leaves one latent vector and one rotary key for all heads; that is all a cache holds:
+
+    x ── q_a ── norm ── q_b ──────────────> q_nope_THN, q_rope_THR
+    x ── kv_a ─┬─ norm ───────────────────> latent_TL       ┐ the cache:
+               └─ rotate ─────────────────> k_rope_TR       ┘ L + R numbers a token and layer
+    [W_UK; W_UV] = kv_b_proj                k_nope = latent W_UK^T,  v = latent W_UV^T
+
+Two forms give the same output. The *full* form expands keys and values and runs ordinary
+attention: prefill and training. The *absorbed* form moves W_UK to the query and W_UV behind the
+softmax, so that heads attend to the latent itself: decoding over a cache.
+
+    q_nope · (W_UK latent)  =  (W_UK^T q_nope) · latent
+
+The layer computes projections and rotations; where keys of earlier tokens come from is the
+``AttentionContext``'s business (packed segments here, a paged cache in the engine).
+"""
+
+# Shapes: T = packed tokens, S = keys of one sequence, D = hidden, H = heads, N = nope, R = rope,
+# V = value width, L = latent (kv_lora_rank), Q = q_lora_rank.
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from swarm_sdk.model_backend.model.rope import rotate
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from swarm_sdk.model_backend.model.config import TextConfig
+
+
+class AttentionContext(Protocol):
+    """What the tokens of one forward pass attend to."""
+
+    def attend(  # noqa: PLR0917 - called once a layer, always in this order
+        self,
+        layer_index: int,
+        q_nope_THN: Tensor,
+        q_rope_THR: Tensor,
+        latent_TL: Tensor,
+        k_rope_TR: Tensor,
+        kv_b_proj: Tensor,
+    ) -> Tensor:
+        """Return the attention output [T, H, V] of one layer.
+
+        The rotary parts are already rotated, ``latent_TL`` is already normalised, and
+        ``kv_b_proj`` is [H * (N + V), L]. The softmax scale is ``TextConfig.softmax_scale``.
+        """
+        ...
+
+
+class FullAttention:
+    """Causal attention inside each of the packed segments, by the full form."""
+
+    def __init__(self, config: TextConfig, seq_lens: Sequence[int]) -> None:
+        self.config = config
+        self.seq_lens = tuple(seq_lens)
+
+    def attend(  # noqa: PLR0917 - called once a layer, always in this order
+        self,
+        layer_index: int,  # noqa: ARG002 - all layers attend alike
+        q_nope_THN: Tensor,
+        q_rope_THR: Tensor,
+        latent_TL: Tensor,
+        k_rope_TR: Tensor,
+        kv_b_proj: Tensor,
+    ) -> Tensor:
+        """Return the attention output [T, H, V]; one call for segments of equal length."""
+        config, num_tokens = self.config, latent_TL.shape[0]
+        assert sum(self.seq_lens) == num_tokens, (self.seq_lens, num_tokens)
+        kv = functional.linear(latent_TL, kv_b_proj).view(
+            num_tokens, config.num_attention_heads, -1
+        )
+        k_nope_THN, v_THV = kv.split_with_sizes(
+            [config.qk_nope_head_dim, config.v_head_dim], dim=-1
+        )
+        q = torch.cat([q_nope_THN, q_rope_THR], dim=-1)
+        k = torch.cat([k_nope_THN, k_rope_TR[:, None].expand_as(q_rope_THR)], dim=-1)
+        # Fused attention kernels want values as wide as keys; without them a CPU takes 3 times as
+        # long and holds the full matrix of logits.
+        v = functional.pad(v_THV, (0, config.qk_head_dim - config.v_head_dim))
+
+        if len(set(self.seq_lens)) == 1:
+            batch = (len(self.seq_lens), self.seq_lens[0])
+            out = self._causal(*(x.view(*batch, *x.shape[1:]) for x in (q, k, v))).flatten(0, 1)
+        else:
+            parts = zip(
+                *(x[None].split_with_sizes(self.seq_lens, dim=1) for x in (q, k, v)), strict=True
+            )
+            out = torch.cat([self._causal(*part)[0] for part in parts])
+        return out[..., : config.v_head_dim]
+
+    def _causal(self, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor) -> Tensor:
+        out_BHTK = functional.scaled_dot_product_attention(
+            q_BTHK.transpose(1, 2),
+            k_BTHK.transpose(1, 2),
+            v_BTHK.transpose(1, 2),
+            is_causal=True,
+            scale=self.config.softmax_scale,
+        )
+        return out_BHTK.transpose(1, 2)
+
+
+def up_projections(kv_b_proj: Tensor, config: TextConfig) -> tuple[Tensor, Tensor]:
+    """Return ``kv_b_proj`` [H * (N + V), L] as views W_UK [H, N, L] and W_UV [H, V, L]."""
+    per_head = kv_b_proj.view(config.num_attention_heads, -1, config.kv_lora_rank)
+    w_uk_HNL, w_uv_HVL = per_head.split_with_sizes(
+        [config.qk_nope_head_dim, config.v_head_dim], dim=1
+    )
+    return w_uk_HNL, w_uv_HVL
+
+
+def absorb(
+    q_nope_THN: Tensor,
+    q_rope_THR: Tensor,
+    latent_SL: Tensor,
+    k_rope_SR: Tensor,
+    kv_b_proj: Tensor,
+    *,
+    config: TextConfig,
+) -> Tensor:
+    """Return the attention output [T, H, V] of one sequence by the absorbed form.
+
+    The T queries are the last T of the S tokens; each sees the tokens up to itself. Readable
+    reference for caches and kernels, which gather ``latent_SL`` and ``k_rope_SR`` themselves.
+    """
+    w_uk_HNL, w_uv_HVL = up_projections(kv_b_proj, config)
+    q_latent_THL = torch.einsum("thn,hnl->thl", q_nope_THN, w_uk_HNL)
+    logits_HTS = torch.einsum("thl,sl->hts", q_latent_THL, latent_SL)
+    logits_HTS = logits_HTS + torch.einsum("thr,sr->hts", q_rope_THR, k_rope_SR)
+    num_queries, num_keys = logits_HTS.shape[-2:]
+    is_seen_TS = torch.ones(num_queries, num_keys, dtype=torch.bool, device=logits_HTS.device)
+    is_seen_TS = is_seen_TS.tril(diagonal=num_keys - num_queries)
+    logits_HTS = (logits_HTS.float() * config.softmax_scale).masked_fill(~is_seen_TS, -torch.inf)
+    weights_HTS = logits_HTS.softmax(dim=-1).to(latent_SL.dtype)
+    out_latent_THL = torch.einsum("hts,sl->thl", weights_HTS, latent_SL)
+    return torch.einsum("thl,hvl->thv", out_latent_THL, w_uv_HVL)
+
+
+class LatentAttention(nn.Module):
+    """One attention layer; ``qkv_a_proj`` is q_a_proj above kv_a_proj_with_mqa, one matrix."""
+
+    def __init__(self, config: TextConfig, layer_index: int) -> None:
+        super().__init__()
+        self.config, self.layer_index = config, layer_index
+        heads, q_rank, kv_rank = config.num_attention_heads, config.q_lora_rank, config.kv_lora_rank
+        self.a_sizes = [q_rank, kv_rank, config.qk_rope_head_dim]
+        self.qkv_a_proj = nn.Linear(config.hidden_size, sum(self.a_sizes), bias=False)
+        self.q_a_layernorm = nn.RMSNorm(q_rank, eps=config.rms_norm_eps)
+        self.q_b_proj = nn.Linear(q_rank, heads * config.qk_head_dim, bias=False)
+        self.kv_a_layernorm = nn.RMSNorm(kv_rank, eps=config.rms_norm_eps)
+        kv_dim = config.qk_nope_head_dim + config.v_head_dim
+        self.kv_b_proj = nn.Linear(kv_rank, heads * kv_dim, bias=False)
+        self.o_proj = nn.Linear(heads * config.v_head_dim, config.hidden_size, bias=False)
+
+    def forward(self, x_TD: Tensor, rotation_TP: Tensor, attention: AttentionContext) -> Tensor:
+        """Return the attention output [T, D], before the residual sum."""
+        config = self.config
+        q_TQ, latent_TL, k_rope_TR = self.qkv_a_proj(x_TD).split_with_sizes(self.a_sizes, dim=-1)
+        q: Tensor = self.q_b_proj(self.q_a_layernorm(q_TQ))
+        q = q.view(-1, config.num_attention_heads, config.qk_head_dim)
+        q_nope_THN, q_rope_THR = q.split_with_sizes(
+            [config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1
+        )
+        out_THV = attention.attend(
+            self.layer_index,
+            q_nope_THN,
+            rotate(q_rope_THR, rotation_TP),
+            self.kv_a_layernorm(latent_TL),
+            rotate(k_rope_TR[:, None], rotation_TP)[:, 0],
+            self.kv_b_proj.weight,
+        )
+        out_TD: Tensor = self.o_proj(out_THV.flatten(1))
+        return out_TD

@@ -1,0 +1,154 @@
+"""An episode as a directed acyclic graph of stages.
+
+A node is one turn of one agent, ``PATH#STAGE``. Edges say what had to end first:
+
+    main#0 ──> main#1                         the next turn of the same agent
+    main#0 ──> main/a.0#0 ──> main/a.0#1 ──┐  a sub-agent that turn 0 launched
+    main#0 ──> main/b.1#0 ─────────────────┴─> main#1      and the join
+
+With every node worth one step, the longest path is the number of critical steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import networkx as nx
+
+from swarm_sdk.errors import ConfigError
+from swarm_sdk.runtime.critical_steps import StageSteps, critical_steps
+from swarm_sdk.traces.ledger import Ledger
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One turn of one agent."""
+
+    path: str
+    stage: int
+
+    def __str__(self) -> str:
+        return f"{self.path}#{self.stage}"
+
+
+class StageGraph:
+    """The stages of one episode, grown while it runs or read from the ledger."""
+
+    def __init__(self) -> None:
+        self.graph: nx.DiGraph[Node] = nx.DiGraph()
+        self.parents: dict[str, Node] = {}
+        """Which turn launched each sub-agent."""
+        self.lengths: dict[str, int] = {}
+        """How many turns each agent has had."""
+
+    def add_agent(self, path: str, parent: Node | None = None) -> None:
+        """Add an agent, launched by the turn ``parent`` (``None`` for the orchestrator).
+
+        Raises:
+            ConfigError: the path exists, or the parent's turn does not.
+        """
+        if path in self.lengths:
+            raise ConfigError(f"the stage graph holds an agent '{path}' already")
+        if parent is not None:
+            if parent not in self.graph:
+                raise ConfigError(f"the stage graph has no stage '{parent}' to launch '{path}'")
+            self.parents[path] = parent
+        self.lengths[path] = 0
+
+    def add_stage(self, path: str) -> Node:
+        """Add the next turn of an agent; it waits for all that the previous turn launched.
+
+        Raises:
+            ConfigError: there is no such agent.
+        """
+        if path not in self.lengths:
+            raise ConfigError(f"the stage graph has no agent '{path}'")
+        node = Node(path, self.lengths[path])
+        self.lengths[path] += 1
+        self.graph.add_node(node)
+        if node.stage == 0:
+            if path in self.parents:
+                self.graph.add_edge(self.parents[path], node)
+            return node
+        previous = Node(path, node.stage - 1)
+        self.graph.add_edge(previous, node)
+        for child in self.children(previous):
+            self.graph.add_edges_from((end, node) for end in self._ends(child))
+        return node
+
+    def _ends(self, path: str) -> Iterator[Node]:
+        """The turns with which an agent ended: its last, and those of children it never joined."""
+        if self.lengths[path]:
+            last = Node(path, self.lengths[path] - 1)
+            yield last
+            for child in self.children(last):
+                yield from self._ends(child)
+
+    def children(self, node: Node) -> Iterator[str]:
+        """Paths of the sub-agents that a turn launched, in order."""
+        return (path for path, parent in self.parents.items() if parent == node)
+
+    def critical_steps(self, path: str = "main") -> int:
+        """Critical steps of an agent and all below it, by the report's formula."""
+        return critical_steps(
+            StageSteps(
+                main_steps=1,
+                sub_steps=tuple(
+                    self.critical_steps(child) for child in self.children(Node(path, stage))
+                ),
+            )
+            for stage in range(self.lengths.get(path, 0))
+        )
+
+    @property
+    def total_steps(self) -> int:
+        """Turns of all agents."""
+        return len(self.graph)
+
+    def critical_path(self) -> list[Node]:
+        """The longest chain of turns; its length is ``critical_steps()``."""
+        if not self.graph:
+            return []
+        edges: nx.DiGraph[Node] = nx.DiGraph()
+        edges.add_edges_from(self.graph.edges, weight=1)
+        edges.add_nodes_from(self.graph.nodes)
+        return list(nx.dag_longest_path(edges))
+
+    def to_json(self) -> dict[str, Any]:
+        """Nodes, edges and the critical path, by name."""
+        critical = set(self.critical_path())
+        return {
+            "nodes": [
+                {
+                    "id": str(node),
+                    "agent": node.path,
+                    "stage": node.stage,
+                    "critical": node in critical,
+                }
+                for node in self.graph
+            ],
+            "edges": [[str(before), str(after)] for before, after in self.graph.edges],
+            "critical_steps": self.critical_steps(),
+            "total_steps": self.total_steps,
+        }
+
+
+def read_stage_graph(ledger: Ledger, episode_id: str) -> StageGraph:
+    """The graph of a recorded episode: equal to the one that grew while it ran."""
+    graph = StageGraph()
+    waiting = {
+        agent.path: None
+        if agent.parent_path is None
+        else Node(agent.parent_path, agent.parent_stage or 0)
+        for agent in ledger.agents(episode_id)
+    }
+    for step in ledger.steps(episode_id):
+        if step.kind != "sample":
+            continue
+        path = step.agent_path
+        if path in waiting:
+            graph.add_agent(path, waiting.pop(path))
+        graph.add_stage(path)
+    return graph

@@ -1,0 +1,272 @@
+"""The command line: ``swarm run | demo | trace | doctor``.
+
+With ``--json`` a command prints one object on stdout and everything else on stderr. Exit codes:
+0 done, 1 the episode did not end well, 2 the user's mistake, said in one sentence.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.table import Table
+
+from swarm_sdk.errors import ConfigError, LedgerError, SwarmError
+
+app = typer.Typer(
+    help="Run, record and read agent swarms.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+trace_app = typer.Typer(help="Read recorded episodes.", no_args_is_help=True)
+app.add_typer(trace_app, name="trace")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Runs = Annotated[Path, typer.Option(help="The run directory, where the ledger lies.")]
+DEFAULT_RUNS = Path(".swarm")
+
+
+@contextmanager
+def _said_in_one_sentence() -> Iterator[None]:
+    """The boundary at which errors become a line on stderr and an exit code."""
+    try:
+        yield
+    except (ConfigError, LedgerError) as error:
+        typer.echo(f"swarm: {error}", err=True)
+        raise typer.Exit(2) from error
+    except SwarmError as error:
+        typer.echo(f"swarm: {error}", err=True)
+        raise typer.Exit(1) from error
+    except KeyboardInterrupt as error:
+        typer.echo("swarm: interrupted; what was committed is in the trace", err=True)
+        raise typer.Exit(130) from error
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+
+
+@app.command()
+def run(
+    task: Annotated[str, typer.Argument(help="What the swarm should do, in quotes.")],
+    model: Annotated[
+        str,
+        typer.Option(
+            help="nano | path:DIR | sglang:http://host:port | openai:http://host/v1#model"
+        ),
+    ] = "nano",
+    docs: Annotated[
+        Path | None, typer.Option(help="Search a folder of .txt, .md or .html files.")
+    ] = None,
+    file: Annotated[list[Path] | None, typer.Option(help="A picture; may be repeated.")] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="SWARM_API_KEY", help="For servers that ask for one.")
+    ] = None,
+    critical_steps: Annotated[int | None, typer.Option(help="Limit of critical steps.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Limit of steps of all agents.")] = None,
+    wall_s: Annotated[float | None, typer.Option(help="Limit of seconds.")] = None,
+    agents: Annotated[int | None, typer.Option(help="Limit of sub-agents.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    runs: Runs = DEFAULT_RUNS,
+    as_json: Json = False,
+) -> None:
+    """Run one task and print the answer, its cost and where its trace is.
+
+    Without --docs the agents search the Atlas: countries, large cities and chemical elements.
+
+      swarm run "For Kenya, Peru and Japan give the capital and the currency."
+
+      swarm run "What does the contract say about notice?" --docs ./contracts
+    """
+    from swarm_sdk.desk import desk_tools
+    from swarm_sdk.progress import Progress
+    from swarm_sdk.runtime.budget import Budget
+    from swarm_sdk.runtime.episode import Result, result_to_json
+    from swarm_sdk.swarm import Swarm
+
+    async def answer() -> Result:
+        async with desk_tools(docs) as tools:
+            budget = Budget(
+                critical_steps=critical_steps, steps=steps, wall_s=wall_s, agents=agents
+            )
+            swarm = Swarm(model, tools=tools, budget=budget, seed=seed, runs=runs, api_key=api_key)
+            async with swarm:
+                with Progress(task) as progress:
+                    return await swarm.run(task, files=file or (), on_event=progress)
+
+    with _said_in_one_sentence():
+        result = _run_async(answer)
+        if as_json:
+            _print_json(result_to_json(result))
+        else:
+            _print_result(result)
+        if result.status != "done":
+            typer.echo(f"swarm: the episode ended {result.status}: {result.error}", err=True)
+            raise typer.Exit(1)
+
+
+def _run_async(answer: Any) -> Any:
+    import anyio
+
+    return anyio.run(answer)
+
+
+def _print_result(result: Any) -> None:
+    console = Console()
+    console.print(Markdown(result.output) if result.output.startswith("|") else result.output)
+    usage = result.usage
+    console.print(
+        f"[dim]critical steps {result.critical_steps} of {result.total_steps} in total, "
+        f"{len(result.subagents)} sub-agents, {usage.num_completion_tokens} tokens generated, "
+        f"{result.wall_s:.1f} s; swarm trace show {result.episode_id}[/dim]",
+        highlight=False,
+    )
+
+
+@app.command()
+def demo(runs: Runs = DEFAULT_RUNS, as_json: Json = False) -> None:
+    """Ask `nano` one wide and one look question on entities and pictures it has never seen.
+
+    A model of the Kimi K2.5 architecture, inside the package and on the CPU, decides by itself to
+    create sub-agents, searches real facts, runs code, and answers. Needs no download and no key.
+    """
+    from swarm_sdk.atlas.demo import print_demo, run_demo
+
+    with _said_in_one_sentence():
+        report = _run_async(lambda: run_demo(runs, quiet=False))
+        if as_json:
+            _print_json(report.to_json())
+        else:
+            print_demo(report, Console())
+
+
+@trace_app.command("list")
+def trace_list(runs: Runs = DEFAULT_RUNS, as_json: Json = False) -> None:
+    """List the recorded episodes, newest first."""
+    from swarm_sdk.traces.ledger import Ledger
+
+    with _said_in_one_sentence():
+        ledger = Ledger(runs, readonly=True)
+        episodes = ledger.episodes()[::-1]
+        ledger.close()
+        if as_json:
+            _print_json(
+                [
+                    {
+                        "episode_id": episode.id,
+                        "status": episode.status or "unfinished",
+                        "model": episode.model,
+                        "task": episode.task["prompt"],
+                        "summary": episode.summary,
+                    }
+                    for episode in episodes
+                ]
+            )
+            return
+        table = Table(box=None, pad_edge=False)
+        for column in ("episode", "status", "critical", "steps", "model", "task"):
+            table.add_column(column, no_wrap=True, overflow="ellipsis")
+        for episode in episodes:
+            figures = episode.summary or {}
+            table.add_row(
+                episode.id,
+                episode.status or "unfinished",
+                str(figures.get("critical_steps", "")),
+                str(figures.get("total_steps", "")),
+                episode.model,
+                episode.task["prompt"],
+            )
+        Console().print(table)
+
+
+@trace_app.command("show")
+def trace_show(
+    episode: Annotated[str, typer.Argument(help="The episode's id, or the start of it.")],
+    runs: Runs = DEFAULT_RUNS,
+    as_json: Json = False,
+) -> None:
+    """Draw an episode's stages, with the critical path marked."""
+    from swarm_sdk.trace_view import episode_to_json, print_episode
+    from swarm_sdk.traces.ledger import Ledger
+
+    with _said_in_one_sentence():
+        ledger = Ledger(runs, readonly=True)
+        record = ledger.episode(episode)
+        if as_json:
+            _print_json(episode_to_json(ledger, record))
+        else:
+            print_episode(ledger, record, Console())
+        ledger.close()
+
+
+@trace_app.command("export")
+def trace_export(
+    episode: Annotated[str, typer.Argument(help="The episode's id, or the start of it.")],
+    runs: Runs = DEFAULT_RUNS,
+) -> None:
+    """Write an episode's trajectories as JSON lines: ids, mask, log-probabilities, one agent each."""
+    from dataclasses import asdict
+
+    from swarm_sdk.traces.ledger import Ledger
+    from swarm_sdk.traces.trajectory import branches
+
+    with _said_in_one_sentence():
+        ledger = Ledger(runs, readonly=True)
+        for branch in branches(ledger, ledger.episode(episode).id):
+            _print_json(asdict(branch))
+        ledger.close()
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Tell what is installed and what each part of the package needs."""
+    parts = {
+        "embedded engine (nano)": (("torch", "safetensors"), "local"),
+        "IPython sandboxes": (("jupyter_client", "ipykernel"), "sandbox"),
+        "pictures in sandboxes": (("skimage", "matplotlib"), "sandbox"),
+    }
+    from swarm_sdk.config import nano_directory
+
+    checks = [
+        {
+            "part": part,
+            "ok": not (missing := [name for name in needs if find_spec(name) is None]),
+            "advice": f"pip install 'swarm-sdk[{extra}]'" if missing else "",
+        }
+        for part, (needs, extra) in parts.items()
+    ]
+    has_nano = (nano_directory() / "model.safetensors").is_file()
+    checks.append(
+        {
+            "part": "nano checkpoint",
+            "ok": has_nano,
+            "advice": "" if has_nano else "reinstall swarm-sdk: the checkpoint is missing",
+        }
+    )
+    if as_json:
+        _print_json({"version": metadata.version("swarm-sdk"), "checks": checks})
+    else:
+        table = Table(box=None, pad_edge=False)
+        for column in ("part", "", "advice"):
+            table.add_column(column)
+        for check in checks:
+            state = "[green]ok[/green]" if check["ok"] else "[red]missing[/red]"
+            table.add_row(str(check["part"]), state, str(check["advice"]))
+        Console().print(table)
+    if not all(check["ok"] for check in checks):
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point of the ``swarm`` command."""
+    app()

@@ -1,0 +1,271 @@
+"""The records and protocols that every layer shares (layer 0: standard library only).
+
+    Model.dialogue(tools) ──> Dialogue          one agent's conversation with one model
+        Dialogue.observe(messages) -> ids       what the agent sees: prompts, tool results
+        Dialogue.sample(sampling)  -> Turn      what the model says: message + Generation
+    Engine.generate(ids, ...)  ──> Generation   token ids in, token ids and log-probabilities out
+    Tool(arguments, context)   ──> ToolOutput   one action of an agent
+
+The runtime knows ``Model`` and ``Tool`` and nothing else of the layers beside it. ``Engine`` is
+what a ``Model`` stands on when it sees token ids (the embedded engine, SGLang).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, TypeVar
+
+Role_ = Literal["system", "user", "assistant", "tool"]
+FinishReason = Literal["stop", "length", "abort"]
+ResourceT = TypeVar("ResourceT")
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """An encoded picture that an agent sees or a tool returned."""
+
+    data: bytes
+    """The encoded file, PNG or JPEG; pixels are decoded where they are used."""
+    media_type: str = "image/png"
+    name: str = ""
+    """The file name under which tools offer it; empty where there is none."""
+
+    @property
+    def sha256(self) -> str:
+        """Hex digest of ``data``: how records refer to the picture."""
+        return hashlib.sha256(self.data).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class ToolSpec:
+    """What a model is told of a tool."""
+
+    name: str
+    description: str
+    parameters: Mapping[str, Any]
+    """JSON schema of the arguments: ``{"type": "object", "properties": …, "required": […]}``."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """One call that a model asked for, well-formed or not."""
+
+    id: str
+    """``functions.NAME:IDX``; IDX counts all calls of the dialogue from 0 (Kimi K2 report, App. B)."""
+    name: str
+    arguments: Mapping[str, Any]
+    """The parsed arguments; empty where ``error`` is set."""
+    raw_arguments: str = ""
+    """The arguments as the model wrote them."""
+    error: str | None = None
+    """Why the call cannot be run (cut JSON, missing end token …); ``None`` for a well-formed call."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message of a dialogue."""
+
+    role: Role_
+    content: str = ""
+    images: tuple[Image, ...] = ()
+    reasoning: str = ""
+    """The text between ``<think>`` and ``</think>``; assistant messages only."""
+    tool_calls: tuple[ToolCall, ...] = ()
+    """Assistant messages only; several calls run in parallel."""
+    tool_call_id: str = ""
+    """The call that a ``tool`` message answers; empty for other roles."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How the next turn is drawn."""
+
+    temperature: float = 1.0
+    """0 takes the most likely token."""
+    top_p: float = 1.0
+    max_tokens: int = 4096
+    seed: int | None = None
+    """``None`` draws a fresh seed for each request."""
+    stop_token_ids: tuple[int, ...] = ()
+    """The chat format adds its own end-of-turn token."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """The tokens that one model call sampled: the ids that training will see."""
+
+    token_ids: tuple[int, ...]
+    """Sampled ids, the stop token included; empty where the server does not tell them."""
+    logprobs: tuple[float, ...]
+    """Natural log-probability of each id under the distribution it was drawn from."""
+    finish_reason: FinishReason
+    weight_version: int = 0
+    """Version of the policy weights that sampled these tokens."""
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    """Prompt tokens whose keys and values were reused."""
+    num_completion_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One step of an agent: what the model said, and the tokens it said it with."""
+
+    message: Message
+    generation: Generation
+    prompt_ids: tuple[int, ...] = ()
+    """Ids that ``Dialogue.sample`` appended before the model's own (the generation prompt)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Tokens that model calls used; adds up over agents."""
+
+    num_calls: int = 0
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_completion_tokens: int = 0
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(
+            num_calls=self.num_calls + other.num_calls,
+            num_prompt_tokens=self.num_prompt_tokens + other.num_prompt_tokens,
+            num_cached_tokens=self.num_cached_tokens + other.num_cached_tokens,
+            num_completion_tokens=self.num_completion_tokens + other.num_completion_tokens,
+        )
+
+    @staticmethod
+    def of(generation: Generation) -> Usage:
+        """The usage of one model call."""
+        return Usage(
+            num_calls=1,
+            num_prompt_tokens=generation.num_prompt_tokens,
+            num_cached_tokens=generation.num_cached_tokens,
+            num_completion_tokens=generation.num_completion_tokens,
+        )
+
+
+class Engine(Protocol):
+    """Token ids in, token ids out. Knows nothing of text, messages or tools."""
+
+    async def generate(
+        self, token_ids: Sequence[int], sampling: Sampling, images: Sequence[Image] = ()
+    ) -> Generation:
+        """Continue ``token_ids``; cancelling the task cancels the request.
+
+        ``images`` fill the media placeholders of ``token_ids`` in order.
+
+        Raises:
+            ContextOverflow: the prompt and ``max_tokens`` do not fit the model's context.
+            ModelError: the engine failed; ``retryable`` says whether asking again can help.
+        """
+        ...
+
+    async def aclose(self) -> None:
+        """Release the engine; running requests end with ``finish_reason="abort"``."""
+        ...
+
+
+class Dialogue(Protocol):
+    """One agent's conversation: only ever appended to."""
+
+    def observe(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """Append what the agent sees; returns the token ids added (empty for chat-only servers)."""
+        ...
+
+    async def sample(self, sampling: Sampling) -> Turn:
+        """Draw the model's next turn and append it.
+
+        The ids that the engine saw for this call are exactly those of all earlier ``observe`` and
+        ``sample`` calls in order, so concatenating the recorded steps gives the model's context.
+
+        Raises:
+            ModelError, ContextOverflow: as ``Engine.generate``.
+        """
+        ...
+
+
+class Model(Protocol):
+    """A policy that agents can be run with."""
+
+    @property
+    def name(self) -> str:
+        """What records call the model."""
+        ...
+
+    @property
+    def is_replayable(self) -> bool:
+        """Whether its episodes hold the exact token ids and log-probabilities."""
+        ...
+
+    def dialogue(self, tools: Sequence[ToolSpec]) -> Dialogue:
+        """Open a conversation in which ``tools`` can be called."""
+        ...
+
+    async def aclose(self) -> None:
+        """Release what the model holds."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ToolOutput:
+    """What a tool gives back to the agent that called it."""
+
+    content: str
+    images: tuple[Image, ...] = ()
+
+
+class Resources(Protocol):
+    """What an agent holds while it lives: sandboxes, sessions. Closed when the agent ends."""
+
+    async def get(
+        self, key: str, start: Callable[[], AbstractAsyncContextManager[ResourceT]]
+    ) -> ResourceT:
+        """The resource ``key`` of this agent, started on first use."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolContext:
+    """Who calls, and with what at hand."""
+
+    episode_id: str
+    agent_path: str
+    """``main`` for the orchestrator, ``main/NAME.3`` for its third child."""
+    call_id: str
+    resources: Resources
+    files: tuple[Image, ...] = ()
+    """The files given with the task, offered to tools by their names."""
+
+
+class Tool(Protocol):
+    """One action that an agent can take."""
+
+    @property
+    def spec(self) -> ToolSpec:
+        """What the model is told."""
+        ...
+
+    async def __call__(self, arguments: Mapping[str, Any], context: ToolContext) -> ToolOutput:
+        """Run the call.
+
+        Raises:
+            ToolError: the text goes back to the model as an error result. Any other exception is
+                caught at the runtime's tool boundary and becomes an error result as well.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What a user asks for."""
+
+    prompt: str
+    files: tuple[Image, ...] = field(default=())
+    """Pictures given with the task."""
+
+
+EventSink = Callable[[Any], Awaitable[None] | None]

@@ -1,0 +1,46 @@
+"""``ipython``: an agent's own Python session.
+
+The session starts with the agent's first cell, holds the task's files in its working directory, and
+ends with the agent.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from swarm_sdk.errors import ConfigError, SandboxDied
+from swarm_sdk.tools.function import FunctionTool
+from swarm_sdk.tools.sandbox.kernel import KernelSandbox
+from swarm_sdk.tools.sandbox.protocol import StartSandbox
+from swarm_sdk.types import ToolContext, ToolOutput
+
+
+class IPythonTool(FunctionTool):
+    """``ipython(code)``: variables persist from call to call.
+
+    What the cell raised is an ordinary result that the model reads.
+
+    Args:
+        start: starts a sandbox with the task's files: a plain local kernel unless given; the
+            ``lease`` of a ``KernelPool`` for kernels that stand ready.
+        timeout_s: time limit of one cell.
+
+    Raises:
+        ConfigError: ``timeout_s`` is not positive.
+    """
+
+    def __init__(self, start: StartSandbox = KernelSandbox, *, timeout_s: float = 30.0) -> None:
+        if timeout_s <= 0:
+            raise ConfigError(f"timeout_s must be positive, got {timeout_s:g}")
+
+        async def ipython(context: ToolContext, code: str) -> ToolOutput:
+            sandbox = await context.resources.get("ipython", partial(start, context.files))
+            result = await sandbox.run(code, timeout_s=timeout_s)
+            if result.status == "died":
+                raise SandboxDied(result.text)
+            return ToolOutput(result.text or "(no output)", result.images)
+
+        super().__init__(
+            ipython,
+            description="Run Python code; variables persist. Prints and the last value come back.",
+        )

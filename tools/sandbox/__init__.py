@@ -1,0 +1,1 @@
+"""Sandboxes in which agents run code."""

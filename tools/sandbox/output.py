@@ -1,0 +1,146 @@
+"""Collects what a kernel says about one cell.
+
+    stream │ display_data │ execute_result │ error  ──>  CellOutput  ──>  text, images
+
+The text is cut while it arrives: its first and last ``max_chars / 2`` characters are held, the
+middle is counted and dropped, so that endless output costs no memory.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from typing import TYPE_CHECKING, Any
+
+from swarm_sdk.types import Image
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+MAX_IMAGES = 8
+MAX_IMAGE_BYTES = 8 * 2**20
+_PNG = b"\x89PNG\r\n\x1a\n"
+_ESCAPE = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)|[@-_])")
+_CELL_LINE = re.compile(r"Cell In\[(\d+)\], line (\d+)")
+
+
+class ClippedText:
+    """A text of which the head and the tail are kept.
+
+    Invariant: ``len(head) + num_dropped + len(tail)`` is the number of characters added.
+    """
+
+    def __init__(self, max_chars: int) -> None:
+        self._max_head = (max_chars + 1) // 2
+        self._max_tail = max_chars // 2
+        self._head = ""
+        self._tail = ""
+        self._num_dropped = 0
+
+    @property
+    def num_dropped(self) -> int:
+        """Characters cut out of the middle."""
+        return self._num_dropped
+
+    def add(self, text: str) -> None:
+        """Append ``text``."""
+        room = self._max_head - len(self._head)
+        self._head += text[:room]
+        tail = self._tail + text[room:]
+        self._num_dropped += max(0, len(tail) - self._max_tail)
+        self._tail = tail[max(0, len(tail) - self._max_tail) :]
+
+    def __str__(self) -> str:
+        if not self._num_dropped:
+            return self._head + self._tail
+        return f"{self._head}\n[{self._num_dropped} characters cut]\n{self._tail}"
+
+
+class CellOutput:
+    """Text and pictures of one cell.
+
+    Args:
+        code: the cell, to quote the line that raised.
+        max_chars: most characters of text that are kept.
+    """
+
+    def __init__(self, code: str, *, max_chars: int) -> None:
+        self._code = code
+        self._text = ClippedText(max_chars)
+        self._ends_line = True
+        self._images: list[Image] = []
+        self._execution_count = 0
+        self.has_error = False
+
+    @property
+    def text(self) -> str:
+        """All text in its order, without terminal escapes and overwritten progress lines."""
+        lines = _ESCAPE.sub("", str(self._text)).split("\n")
+        return "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in lines).rstrip()
+
+    @property
+    def images(self) -> tuple[Image, ...]:
+        """The pictures shown, in their order."""
+        return tuple(self._images)
+
+    @property
+    def num_dropped_chars(self) -> int:
+        """Characters cut out of the middle of ``text``."""
+        return self._text.num_dropped
+
+    def add(self, kind: str, content: Mapping[str, Any]) -> None:
+        """Take in a message of the Jupyter protocol; kinds that show nothing are ignored."""
+        if kind == "execute_input":
+            self._execution_count = content.get("execution_count", 0)
+        elif kind == "stream":
+            self._write(str(content.get("text", "")))
+        elif kind in ("display_data", "execute_result"):
+            self._show(content.get("data", {}))
+        elif kind == "error":
+            self.has_error = True
+            self._line(self._error(content))
+
+    def note(self, text: str) -> None:
+        """Add a line of our own."""
+        self._line(f"[{text}]")
+
+    def _show(self, data: Mapping[str, Any]) -> None:
+        if "image/png" in data:
+            self._picture(str(data["image/png"]))
+        if "text/plain" in data:
+            self._line(str(data["text/plain"]))
+
+    def _picture(self, encoded: str) -> None:
+        try:
+            decoded = base64.b64decode("".join(encoded.split()), validate=True)
+        except (binascii.Error, ValueError):
+            decoded = b""
+        if not decoded.startswith(_PNG):
+            self.note("a picture that is no PNG was left out")
+        elif len(decoded) > MAX_IMAGE_BYTES:
+            self.note(f"a picture of {len(decoded)} bytes was left out; make it smaller")
+        elif len(self._images) >= MAX_IMAGES:
+            self.note(f"a picture was left out; a cell can show {MAX_IMAGES}")
+        else:
+            self._images.append(Image(decoded, "image/png"))
+
+    def _error(self, content: Mapping[str, Any]) -> str:
+        """Give the exception on one line, and under it the line of the cell that raised."""
+        first = f"{content.get('ename', 'Error')}: {content.get('evalue', '')}".rstrip(": ")
+        trace = _ESCAPE.sub("", "\n".join(map(str, content.get("traceback", ()))))
+        lines = self._code.splitlines()
+        for count, number in reversed(_CELL_LINE.findall(trace)):
+            if int(count) == self._execution_count and 1 <= int(number) <= len(lines):
+                return f"{first}\n  line {number}: {lines[int(number) - 1].strip()}"
+        return first
+
+    def _line(self, text: str) -> None:
+        if not self._ends_line:
+            self._write("\n")
+        self._write(f"{text}\n")
+
+    def _write(self, text: str) -> None:
+        if text:
+            self._text.add(text)
+            self._ends_line = text.endswith("\n")
