@@ -5,7 +5,8 @@
 Random weights in fp32 are saved by our ``checkpoint.save``, loaded by ``transformers`` and by us,
 and run on the same ids and pixels. Each key is the largest absolute difference of the logits over
 all positions: ``text``, ``image``, ``packed_images`` (two sizes), ``clip4`` and ``clip3`` (frames),
-``mixed``. ``greedy_equal`` is 1 where the most likely token agrees at every position of every case.
+``mixed``. ``greedy_equal`` is 1 if the most likely token agrees at every position of every case
+(or the reference's two best are closer than 1e-4, a tie that occurs about once in 2,000 positions).
 
 Weights are drawn so that mistakes show: every norm, bias and correction bias is random, and logits
 have a spread (standard deviation) of about 0.5; the peer's ``spread`` tells it.
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
 
 REFERENCE_VIDEO_TOKEN_ID = 163840
 MAX_RANDOM_TOKEN_ID = 256
+TIE = 1e-4
+"""Logits closer than fp32 can order after a network's worth of sums."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,10 @@ def random_model(config: KimiConfig, seed: int) -> KimiModel:
                 parameter.normal_(0.0, 1.0, generator=generator)
             else:
                 fan_in = parameter[0].numel() if parameter.ndim == 4 else parameter.shape[-1]
-                parameter.normal_(0.0, 0.5 * fan_in**-0.5, generator=generator)
+                gain = (
+                    2.0 if ".fc0." in name or ".fc1." in name else 0.5
+                )  # out of GELU's linear part
+                parameter.normal_(0.0, gain * fan_in**-0.5, generator=generator)
         for buffer in model.buffers():
             buffer.normal_(0.0, 0.3, generator=generator)
     return model
@@ -156,6 +162,17 @@ def _reference_features(
     return projected
 
 
+def greedy_equal(ours_TV: Tensor, theirs_TV: Tensor) -> bool:
+    """Tell whether the most likely token is the same at every position.
+
+    Where the reference's two best are closer than ``TIE``, either of them is the same.
+    """
+    best_T2 = theirs_TV.topk(2, dim=-1)
+    is_tie_T = best_T2.values[:, 0] - best_T2.values[:, 1] < TIE
+    is_same_T2 = ours_TV.argmax(-1, keepdim=True) == best_T2.indices
+    return bool((is_same_T2[:, 0] | (is_same_T2[:, 1] & is_tie_T)).all())
+
+
 def load_reference(folder: str | Path) -> Kimi_K25ForConditionalGeneration:
     """Load a checkpoint of ours into transformers; every tensor must find its place."""
     transformers.utils.logging.disable_progress_bar()
@@ -175,17 +192,18 @@ def model_parity(config: KimiConfig, seeds: range) -> Iterator[tuple[str, float,
             ours, reference = checkpoint.load(folder), load_reference(folder)
         for key, case in cases(seed).items():
             a_TV, b_TV = our_logits(ours, case), reference_logits(reference, case)
-            is_equal = bool((a_TV.argmax(-1) == b_TV.argmax(-1)).all())
-            yield key, float((a_TV - b_TV).abs().max()), float(b_TV.std()), is_equal
+            difference = float((a_TV - b_TV).abs().max())
+            yield key, difference, float(b_TV.std()), greedy_equal(a_TV, b_TV)
 
 
 def measure(*, is_quick: bool) -> dict[str, Any]:
     """Measure all numbers of this benchmark: worst case over the seeds."""
-    settings = {"dtype": "float32", "config": "tiny", "seeds": 1 if is_quick else 5}
+    num_seeds = 1 if is_quick else 5
+    settings = {"dtype": "float32", "config": "tiny", "seeds": num_seeds}
     results: dict[str, float] = {}
     spreads: list[float] = []
     is_greedy_equal = True
-    for key, difference, spread, is_equal in model_parity(tiny(), range(settings["seeds"])):
+    for key, difference, spread, is_equal in model_parity(tiny(), range(num_seeds)):
         results[key] = max(difference, results.get(key, 0.0))
         spreads.append(spread)
         is_greedy_equal &= is_equal

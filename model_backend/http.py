@@ -188,7 +188,7 @@ class ServerClient:
                 f"the connection to {url} broke before the answer was complete", retryable=True
             ) from error
         if response.status >= HTTPStatus.BAD_REQUEST:
-            raise _error_of(url, response.status, response.headers, body)
+            raise _error_of(url, response, body)
         if not body:
             return None
         try:
@@ -251,19 +251,20 @@ def _checked_url(base_url: str) -> str:
     return base_url.rstrip("/")
 
 
-def _error_of(url: str, status: int, headers: Mapping[str, str], body: bytes) -> ModelError:
-    """Build the error for an answer with ``status`` >= 400."""
+def _error_of(url: str, response: aiohttp.ClientResponse, body: bytes) -> ModelError:
+    """Build the error for an answer with a status >= 400."""
+    status = response.status
     text = body.decode("utf-8", errors="replace")
     message, code = _message_and_code(text)
     if status in {HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_ENTITY_TOO_LARGE}:
         overflow = context_overflow(text)
         if overflow is not None:
             return overflow
-    sentence = f"{url} answered {status}: {message or HTTPStatus(status).phrase}"
+    sentence = f"{url} answered {status}: {message or response.reason}"
     # A spent quota comes as 429 as well, and waiting does not refill it.
     if status not in _RETRYABLE_STATUSES or code == "insufficient_quota":
         return ModelError(sentence, status=status)
-    return _BusyError(sentence, status=status, retry_after_s=_retry_after_s(headers))
+    return _BusyError(sentence, status=status, retry_after_s=_retry_after_s(response.headers))
 
 
 def _message_and_code(text: str) -> tuple[str, str]:
@@ -278,7 +279,7 @@ def _message_and_code(text: str) -> tuple[str, str]:
     if isinstance(found, dict):
         code = str(found.get("code") or found.get("type") or "")
         found = found.get("message") or found.get("detail") or found
-    message = " ".join(str(found).split())
+    message = " ".join(str(found or "").split())
     return (message if len(message) <= _LONGEST_QUOTE else message[:_LONGEST_QUOTE] + "…"), code
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import anyio
 from opentelemetry import trace
 
-from swarm_sdk.errors import BudgetExceeded, ConfigError
+from swarm_sdk.errors import BudgetExceeded, ConfigError, LedgerError
 from swarm_sdk.runtime.agent_loop import (
     AgentOutcome,
     AgentSpec,
@@ -166,6 +166,8 @@ async def run_episode(
     outcome: AgentOutcome | None = None
     try:
         outcome = await _run_within_wall_time(state, spec)
+    except* LedgerError as failures:
+        raise _first(failures) from failures
     finally:
         outcome = outcome or state.outcomes.get("main") or _unstarted(spec)
         result = Result(
@@ -236,6 +238,12 @@ async def _run_within_wall_time(state: EpisodeState, spec: AgentSpec) -> AgentOu
         span.set_attribute(schema.TOTAL_STEPS, state.graph.total_steps)
         span.set_attribute(schema.AGENT_STATUS, outcome.status)
     return outcome
+
+
+def _first(failures: BaseExceptionGroup[LedgerError]) -> LedgerError:
+    """One of several failures of the record: they all say the same."""
+    first = failures.exceptions[0]
+    return _first(first) if isinstance(first, BaseExceptionGroup) else first
 
 
 def _unstarted(spec: AgentSpec) -> AgentOutcome:

@@ -1,4 +1,4 @@
-"""What an episode tells while it runs: typed events of the whole tree, tagged with the agent's path."""
+"""What an episode tells while it runs: typed events of the whole tree, tagged with agent paths."""
 
 from __future__ import annotations
 

@@ -28,7 +28,8 @@ CREATE_SUBAGENT = ToolSpec(
             "name": {"type": "string", "description": "Unique name for this agent configuration"},
             "system_prompt": {
                 "type": "string",
-                "description": "System prompt defining the agent's role, capabilities, and boundaries",
+                "description": "System prompt defining the agent's role, capabilities, and "
+                "boundaries",
             },
         },
         "required": ["name", "system_prompt"],
@@ -76,7 +77,7 @@ class Spawner:
         files: tuple[Image, ...],
         slots: anyio.CapacityLimiter,
     ) -> None:
-        """``invent(name, system_prompt)`` makes the config of a sub-agent that the model creates."""
+        """Keep what sub-agents need; ``invent(name, system_prompt)`` configures a new one."""
         self._state = state
         self._parent_path = parent_path
         self._parent_meter = parent_meter
@@ -99,7 +100,8 @@ class Spawner:
             raise ToolError("a sub-agent's name must not be empty nor hold '/' or '#'")
         if name in self._configs:
             raise ToolError(
-                f"a sub-agent named '{name}' exists already; assign tasks to it or choose another name"
+                f"a sub-agent named '{name}' exists already; assign tasks to it or choose another "
+                "name"
             )
         self._configs[name] = self._invent(name, system_prompt)
         self.created.append(name)
@@ -156,6 +158,7 @@ class _SpawnTool:
     run: Callable[[Mapping[str, Any]], Any]
 
     async def __call__(self, arguments: Mapping[str, Any], context: ToolContext) -> ToolOutput:
+        del context  # the spawner knows whose it is
         output: ToolOutput = await self.run(arguments)
         return output
 

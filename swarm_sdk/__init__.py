@@ -54,7 +54,7 @@ _HOME = {
     "Usage": "types",
     "tool": "tools.function",
 }
-__all__ = list(_HOME)  # noqa: PLE0605 - the table is the list
+__all__ = list(_HOME)
 __version__ = "0.1.0"
 
 

@@ -143,7 +143,7 @@ def demo(runs: Runs = DEFAULT_RUNS, as_json: Json = False) -> None:
     from swarm_sdk.atlas.demo import print_demo, run_demo
 
     with _said_in_one_sentence():
-        report = _run_async(lambda: run_demo(runs, quiet=False))
+        report = _run_async(lambda: run_demo(runs))
         if as_json:
             _print_json(report.to_json())
         else:
@@ -214,7 +214,7 @@ def trace_export(
     episode: Annotated[str, typer.Argument(help="The episode's id, or the start of it.")],
     runs: Runs = DEFAULT_RUNS,
 ) -> None:
-    """Write an episode's trajectories as JSON lines: ids, mask, log-probabilities, one agent each."""
+    """Write an episode's trajectories as JSON lines, one agent each: ids, mask, log-probs."""
     from dataclasses import asdict
 
     from swarm_sdk.traces.ledger import Ledger

@@ -10,7 +10,7 @@ import anyio.to_thread
 
 from swarm_sdk.tools.corpus import Corpus, Page
 from swarm_sdk.tools.ipython import IPythonTool
-from swarm_sdk.tools.sandbox.kernel import KernelPool
+from swarm_sdk.tools.sandbox.pool import KernelPool
 from swarm_sdk.tools.search import OpenTool, SearchTool
 from swarm_sdk.types import Tool
 

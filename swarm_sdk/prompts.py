@@ -1,12 +1,13 @@
-"""The system prompts that agents start with unless an app gives its own.
+"""The system prompt that an orchestrator starts with unless an app gives its own.
 
-The orchestrator's does not ask for parallelism: whether, when and how to split a task is the
-model's decision (report, section 3).
+It does not ask for parallelism: whether, when and how to split a task is the model's decision
+(report, section 3). `nano` is trained with it.
 """
 
 from typing import Final
 
 MAIN: Final = (
-    "You answer questions with facts that you look up. Search the documents, read the pages, run "
-    "code to compute. You may create sub-agents and assign tasks to them."
+    "Answer the user's question with the tools you have. Look facts up instead of guessing, "
+    "compute with code, and say unknown where nothing is found. You can create sub-agents and "
+    "assign tasks to them."
 )

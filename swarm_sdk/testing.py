@@ -165,7 +165,7 @@ class ScriptedDialogue:
 class FakeSandbox:
     """A sandbox that answers from a function instead of running code."""
 
-    def __init__(self, answer: Callable[[str], str] = lambda code: "") -> None:
+    def __init__(self, answer: Callable[[str], str] = lambda _: "") -> None:
         self._answer = answer
         self.cells: list[str] = []
         """The code that was run, in order."""

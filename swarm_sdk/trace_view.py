@@ -1,4 +1,4 @@
-"""A recorded episode for people and for machines: its stages as a tree, the critical path marked."""
+"""A recorded episode for people and machines: its stages as a tree, the critical path marked."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Training from recorded episodes: ``python -m swarm_sdk.training tokenizer | sft``.
 
     tokenizer   episodes by the book -> their text -> byte-pair ranks
-    sft         workers run episodes by the book  ──rows──>  pool  ──batches──>  AdamW  ->  checkpoint
+    sft         workers run episodes by the book ──rows──> pool ──batches──> AdamW -> checkpoint
 
 The only module that joins the runtime's rollouts to the trainer.
 """
@@ -34,14 +34,16 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
+NANO = nano_directory()
 ROWS_PER_MESSAGE = 64
+MAX_WAITING_ROWS = 50_000
 RESERVOIR_ROWS = 400_000
 """Rows kept for another pass when workers are slower than the trainer."""
 
 
 @app.command()
 def tokenizer(
-    out: Annotated[Path, typer.Option(help="Directory for tiktoken.model.")] = nano_directory(),
+    out: Annotated[Path, typer.Option(help="Directory for tiktoken.model.")] = NANO,
     episodes: Annotated[int, typer.Option(help="Episodes whose text is counted.")] = 4_000,
     base_tokens: Annotated[int, typer.Option(help="Ranks besides the 256 special tokens.")] = 3_840,
     seed: int = 0,
@@ -62,9 +64,7 @@ def tokenizer(
 def sft(
     out: Annotated[Path, typer.Option(help="Directory for the checkpoint and the log.")],
     start: Annotated[Path | None, typer.Option(help="Go on from this checkpoint.")] = None,
-    vocabulary: Annotated[
-        Path, typer.Option(help="Directory of tiktoken.model.")
-    ] = nano_directory(),
+    vocabulary: Annotated[Path, typer.Option(help="Directory of tiktoken.model.")] = NANO,
     max_seconds: Annotated[
         float, typer.Option(help="End of training; the rate decays to 0.")
     ] = 420,
@@ -163,6 +163,9 @@ class RowStream:
 
     def _read(self) -> None:
         while self._is_open:
+            if self._fresh.qsize() > MAX_WAITING_ROWS:
+                time.sleep(0.1)  # the workers wait too: their queue fills up
+                continue
             try:
                 kinds, rows = self._queue.get(timeout=0.5)
             except queue.Empty:
@@ -202,6 +205,7 @@ class RowStream:
 
 def _work(vocabulary: Path, seed: int, mix: Mix, out: mp.Queue[Any]) -> None:
     """One worker: episodes by the book until it is ended."""
+    import os
     import signal
 
     from swarm_sdk.atlas.teach import teacher
@@ -209,6 +213,7 @@ def _work(vocabulary: Path, seed: int, mix: Mix, out: mp.Queue[Any]) -> None:
     from swarm_sdk.model_backend.chat.tokenizer import Tokenizer
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.nice(10)  # the trainer's own thread comes first
     chat_format = ChatFormat(Tokenizer.from_dir(vocabulary), thinking=True)
 
     async def run() -> None:

@@ -13,9 +13,9 @@ what a ``Model`` stands on when it sees token ids (the embedded engine, SGLang).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
 Role_ = Literal["system", "user", "assistant", "tool"]
@@ -54,14 +54,14 @@ class ToolCall:
     """One call that a model asked for, well-formed or not."""
 
     id: str
-    """``functions.NAME:IDX``; IDX counts all calls of the dialogue from 0 (Kimi K2 report, App. B)."""
+    """``functions.NAME:IDX``; IDX counts the dialogue's calls from 0 (Kimi K2 report, App. B)."""
     name: str
     arguments: Mapping[str, Any]
     """The parsed arguments; empty where ``error`` is set."""
     raw_arguments: str = ""
     """The arguments as the model wrote them."""
     error: str | None = None
-    """Why the call cannot be run (cut JSON, missing end token …); ``None`` for a well-formed call."""
+    """Why the call cannot be run (cut JSON, missing end token …); ``None`` if it can."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,8 +264,5 @@ class Task:
     """What a user asks for."""
 
     prompt: str
-    files: tuple[Image, ...] = field(default=())
+    files: tuple[Image, ...] = ()
     """Pictures given with the task."""
-
-
-EventSink = Callable[[Any], Awaitable[None] | None]

@@ -4,8 +4,9 @@
     from_folder  *.txt *.md *.html, recursive  ─┴─> SQLite FTS5, ranked by BM25
 
 A page's title is its address: ``search`` gives titles, ``page`` takes one. A word in the title
-counts ``TITLE_WEIGHT`` times as much as in the text. Case, accents and English word endings do not
-matter. Whatever the query holds is taken as words, never as FTS5 syntax.
+counts ``TITLE_WEIGHT`` times as much as in the text, and a page whose whole title stands in the
+query comes first. Case, accents and English word endings do not matter. Whatever the query holds
+is taken as words, never as FTS5 syntax.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from html.parser import HTMLParser
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,6 +71,7 @@ class Corpus:
         self.num_skipped = num_skipped
         self._rows: dict[str, int] = {}
         self._folded: dict[str, int] = {}
+        self._by_words: dict[str, int] = {}
         self._max_page_chars = 0
         self._lock = threading.Lock()
         self._db = sqlite3.connect(":memory:", check_same_thread=False, isolation_level=None)
@@ -91,7 +94,9 @@ class Corpus:
             if page.title in self._rows:
                 raise ConfigError(f"two pages are titled '{page.title}'; rename one of them")
             self._rows[page.title] = row
-            self._folded.setdefault(_fold(page.title), row)
+            folded = _fold(page.title)
+            self._folded.setdefault(folded, row)
+            self._by_words.setdefault(" ".join(_WORD.findall(folded)), row)
             self._max_page_chars = max(self._max_page_chars, len(page.text))
             yield row, page.title, page.text
 
@@ -124,11 +129,11 @@ class Corpus:
         for file in _files(folder):
             name = file.relative_to(folder).as_posix()
             text = _read(file)
-            if text is None or not text.strip():
+            title, body = ("", "") if text is None else _parse(file, text)
+            if body.strip():
+                documents[name] = (title, _split(body))
+            else:
                 num_skipped += 1
-                continue
-            title, body = _parse(file, text)
-            documents[name] = (title, _split(body))
         if not documents:
             raise ConfigError(
                 f"the folder '{folder}' holds no .txt, .md or .html document with text in it"
@@ -149,31 +154,41 @@ class Corpus:
         return self._max_page_chars
 
     def search(self, query: str, limit: int = 4) -> list[Hit]:
-        """Find the pages that fit best, best first; a page whose title is the query comes first.
+        """Find the pages that fit best, best first; pages that the query names come before others.
 
-        Any text is a query; pages that hold none of its words are not found.
+        A page is named where its whole title stands in the query ("capital of South Korea"). Any
+        text is a query; pages that hold none of its words are not found.
         """
         words = list(dict.fromkeys(_WORD.findall(query)))[:_MAX_QUERY_WORDS]
         if not words or limit < 1:
             return []
         match = " OR ".join(f'"{word}"' for word in words)
-        same = self._folded.get(_fold(query), 0)
         with self._lock:
             best = self._db.execute(
-                "SELECT rowid FROM pages WHERE pages MATCH ? "
-                "ORDER BY rowid = ? DESC, rank, rowid LIMIT ?",
-                (match, same, limit),
+                "SELECT rowid FROM pages WHERE pages MATCH ? ORDER BY rank, rowid LIMIT ?",
+                (match, limit),
             ).fetchall()
-            return [self._hit(match, row) for (row,) in best]
+            rows = dict.fromkeys([*self._named_in(query), *(row for (row,) in best)])
+            hits = (self._hit(match, row) for row in rows)
+            return list(islice((hit for hit in hits if hit is not None), limit))
 
-    def _hit(self, match: str, row: int) -> Hit:
+    def _named_in(self, query: str) -> list[int]:
+        """Rows of the pages whose titles stand in the query, longest title first."""
+        words = _WORD.findall(_fold(query))[:_MAX_QUERY_WORDS]
+        return [
+            self._by_words[key]
+            for length in range(len(words), 0, -1)
+            for start in range(len(words) - length + 1)
+            if (key := " ".join(words[start : start + length])) in self._by_words
+        ]
+
+    def _hit(self, match: str, row: int) -> Hit | None:
         found = self._db.execute(
             "SELECT title, snippet(pages, 1, '', '', '', 16) FROM pages "
             "WHERE pages MATCH ? AND rowid = ?",
             (match, row),
-        )
-        title, snippet = found.fetchone()
-        return Hit(title, _one_line(snippet))
+        ).fetchone()
+        return None if found is None else Hit(found[0], _one_line(found[1]))
 
     def page(self, title: str) -> Page | None:
         """Give the page of this title: exactly, else whatever the case and the accents."""

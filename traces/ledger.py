@@ -1,4 +1,4 @@
-"""The ledger: one SQLite file (WAL) a run directory that holds all that happened, committed step by step.
+"""The ledger: one SQLite file (WAL) a run directory, all that happened, committed step by step.
 
     episodes 1 ── n agents 1 ── n steps                     media: pictures, once each, by SHA-256
 
@@ -344,13 +344,11 @@ class Ledger:
 
     def steps(self, episode_id: str, agent_path: str | None = None) -> Iterator[StepRecord]:
         """The steps of an episode, or of one of its agents, in the order of their commits."""
-        where, values = "episode_id = ?", [episode_id]
-        if agent_path is not None:
-            where, values = f"{where} AND agent_path = ?", [episode_id, agent_path]
         rows = self._read(
-            "SELECT agent_path, stage, kind, body, prompt_ids, token_ids, logprobs,"
-            f" weight_version, started_ns, ended_ns, id FROM steps WHERE {where} ORDER BY id",  # noqa: S608
-            values,
+            "SELECT agent_path, stage, kind, body, prompt_ids, token_ids, logprobs, weight_version,"
+            " started_ns, ended_ns, id FROM steps WHERE episode_id = ?1"
+            " AND (?2 IS NULL OR agent_path = ?2) ORDER BY id",
+            (episode_id, agent_path),
         )
         for row in rows:
             yield StepRecord(
@@ -389,14 +387,11 @@ class Ledger:
                 dialogue.append(self._message(step.body["message"]))
             else:
                 for stored in step.body["messages"]:
-                    if stored["role"] == "tool" and "content" not in stored:
-                        result = tool_results[stored["tool_call_id"]]
-                        stored = {
-                            **stored,
-                            "content": result["content"],
-                            "images": result["images"],
-                        }  # noqa: PLW2901
-                    dialogue.append(self._message(stored))
+                    result: Mapping[str, Any] = {}
+                    if stored["role"] == "tool":
+                        told = tool_results[stored["tool_call_id"]]
+                        result = {"content": told["content"], "images": told["images"]}
+                    dialogue.append(self._message({**stored, **result}))
         return dialogue
 
     def _message(self, stored: Mapping[str, Any]) -> Message:

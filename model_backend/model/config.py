@@ -14,15 +14,14 @@ Fields of ``config.json`` that have one possible value here (``scoring_func`` â€
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from swarm_sdk.errors import ConfigError
+from swarm_sdk.model_backend.model.config_json import check_constants, fill, read_json, section
 
 NUM_SPECIAL_TOKENS = 256
 K25_FIRST_SPECIAL_ID = 163584
@@ -184,33 +183,33 @@ class KimiConfig:
             ConfigError: the file is missing or is no JSON, or describes a model that this
                 network cannot be; names the field.
         """
-        data = source if isinstance(source, Mapping) else _read_json(Path(source))
+        data = source if isinstance(source, Mapping) else read_json(Path(source))
         if data.get("model_type") != "kimi_k25":
             raise ConfigError(
                 f"config.json has model_type {data.get('model_type')!r}; "
                 "this network loads 'kimi_k25' checkpoints"
             )
-        if "quantization_config" in data or "quantization_config" in data.get("text_config", {}):
+        text, vision = section(data, "text_config"), section(data, "vision_config")
+        if "quantization_config" in data or "quantization_config" in text:
             raise ConfigError("config.json describes a quantised checkpoint; convert it to bf16")
-        text, vision = _section(data, "text_config"), _section(data, "vision_config")
-        _check_constants(text, _TEXT_CONSTANTS, "text_config")
-        _check_constants(vision, _VISION_CONSTANTS, "vision_config")
-        yarn = _section(text, "rope_scaling", "text_config.")
+        check_constants(text, _TEXT_CONSTANTS, "text_config")
+        check_constants(vision, _VISION_CONSTANTS, "vision_config")
+        yarn = section(text, "rope_scaling", "text_config.")
         if yarn.get("rope_type", yarn.get("type")) != "yarn":
             raise ConfigError("text_config.rope_scaling must have the type 'yarn'")
-        return _fill(
+        return fill(
             KimiConfig,
             {
                 **data,
-                "text_config": _fill(
+                "text_config": fill(
                     TextConfig,
                     {
                         **text,
-                        "rope_scaling": _fill(YarnConfig, yarn, "text_config.rope_scaling."),
+                        "rope_scaling": fill(YarnConfig, yarn, "text_config.rope_scaling."),
                     },
                     "text_config.",
                 ),
-                "vision_config": _fill(VisionConfig, vision, "vision_config."),
+                "vision_config": fill(VisionConfig, vision, "vision_config."),
             },
             "",
         )
@@ -398,51 +397,6 @@ def _with_token_ids(text: TextConfig, vision: VisionConfig) -> KimiConfig:
     )
 
 
-ConfigT = TypeVar("ConfigT", KimiConfig, TextConfig, VisionConfig, YarnConfig)
-
-
-def _fill(cls: type[ConfigT], data: Mapping[str, Any], prefix: str) -> ConfigT:
-    """Build ``cls`` from the entries of ``data`` that it has fields for; checks their types."""
-    hints = typing.get_type_hints(cls)
-    values: dict[str, Any] = {}
-    for field in dataclasses.fields(cls):
-        if field.name not in data:
-            if field.default is dataclasses.MISSING:
-                raise ConfigError(f"config.json has no {prefix}{field.name}")
-            continue
-        values[field.name] = _typed(data[field.name], hints[field.name], prefix + field.name)
-    return cls(**values)
-
-
-def _typed(value: Any, hint: Any, name: str) -> Any:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is float and is_number and math.isfinite(value):
-        return float(value)
-    if hint is int and is_number and value == int(value):
-        return int(value)
-    if typing.get_origin(hint) is tuple and isinstance(value, list | tuple) and len(value) == 2:
-        return tuple(_typed(item, int, name) for item in value)
-    if dataclasses.is_dataclass(hint) and isinstance(value, typing.cast("type", hint)):
-        return value
-    wanted = getattr(hint, "__name__", str(hint))
-    raise ConfigError(f"config.json: {name} must be a {wanted}, got {value!r}")
-
-
-def _section(data: Mapping[str, Any], name: str, prefix: str = "") -> Mapping[str, Any]:
-    section = data.get(name)
-    if not isinstance(section, Mapping):
-        raise ConfigError(f"config.json has no {prefix}{name} section")
-    return section
-
-
-def _check_constants(data: Mapping[str, Any], constants: Mapping[str, Any], prefix: str) -> None:
-    for name, wanted in constants.items():
-        if name in data and data[name] != wanted:
-            raise ConfigError(
-                f"config.json: {prefix}.{name} is {data[name]!r}; this network has {wanted!r}"
-            )
-
-
 def _require_positive(config: Any, prefix: str, *, zero_allowed: str = "") -> None:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -452,18 +406,3 @@ def _require_positive(config: Any, prefix: str, *, zero_allowed: str = "") -> No
                 continue
             if number < 0 or (number == 0 and field.name != zero_allowed):
                 raise ConfigError(f"{prefix}.{field.name} must be positive, got {number}")
-
-
-def _read_json(path: Path) -> Mapping[str, Any]:
-    path = path / "config.json" if path.is_dir() else path
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"no model at {path.parent}: {path.name} is missing") from None
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path} must hold one JSON object")
-    return data

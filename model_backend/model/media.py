@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 Grid = tuple[int, int, int]
 """Frames, rows and columns of patches of one item."""
 
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+"""What is decoded; pillow knows more, some by running other programs."""
 PATCH_SIZE = 14
 MERGE_SIZE = 2
 
@@ -101,7 +103,7 @@ def decode_image(data: bytes, name: str = "the image") -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return Image.open(io.BytesIO(data)).convert("RGB")
+            return Image.open(io.BytesIO(data), formats=IMAGE_FORMATS).convert("RGB")
     except UnidentifiedImageError:
         raise ConfigError(f"{name} is not a picture that can be read; give a PNG or JPEG") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -172,9 +174,10 @@ def format_timestamp(seconds: float) -> str:
 
 
 def resized_size(width: int, height: int, patch_limit: int, side_limit: int) -> tuple[int, int]:
-    """Return width and height in pixels after shrinking to at most ``patch_limit`` patches.
+    """Return width and height in pixels after shrinking to about ``patch_limit`` patches.
 
-    ``side_limit`` bounds the patches along one side.
+    ``side_limit`` bounds the patches along one side. The first limit counts the whole patches of
+    the original, as the release does, so that a few more can remain: 1277 x 2978 keeps 16464.
 
     >>> resized_size(640, 480, patch_limit=16384, side_limit=512)
     (640, 480)

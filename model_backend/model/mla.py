@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 class AttentionContext(Protocol):
     """What the tokens of one forward pass attend to."""
 
-    def attend(  # noqa: PLR0917 - called once a layer, always in this order
+    def attend(
         self,
         layer_index: int,
         q_nope_THN: Tensor,
@@ -63,7 +63,7 @@ class FullAttention:
         self.config = config
         self.seq_lens = tuple(seq_lens)
 
-    def attend(  # noqa: PLR0917 - called once a layer, always in this order
+    def attend(
         self,
         layer_index: int,  # noqa: ARG002 - all layers attend alike
         q_nope_THN: Tensor,

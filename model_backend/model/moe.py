@@ -19,21 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from swarm_sdk.model_backend.kernels.experts import run_experts
+
 if TYPE_CHECKING:
     from swarm_sdk.model_backend.model.config import TextConfig
-
-
-def run_experts(
-    x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, gate_up_E2ID: Tensor, down_EDI: Tensor
-) -> Tensor:
-    """Stand-in until kernels.experts is there."""
-    y_TD = torch.zeros_like(x_TD)
-    for expert in expert_ids_TK.unique().tolist():
-        token, slot = torch.where(expert_ids_TK == expert)
-        gate, up = functional.linear(x_TD[token], gate_up_E2ID[expert]).chunk(2, dim=-1)
-        out = functional.linear(functional.silu(gate) * up, down_EDI[expert])
-        y_TD = y_TD.index_add(0, token, (out * weights_TK[token, slot, None]).to(x_TD.dtype))
-    return y_TD
 
 
 class SwiGLU(nn.Module):
@@ -66,7 +55,8 @@ class Router(nn.Module):
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Return ids [T, K] (int64) and weights [T, K] (float32) of the chosen experts."""
-        scores_TE = functional.linear(x_TD.float(), self.weight.float()).sigmoid()
+        with torch.autocast(x_TD.device.type, enabled=False):
+            scores_TE = functional.linear(x_TD.float(), self.weight.float()).sigmoid()
         expert_ids_TK = (scores_TE + self.e_score_correction_bias).topk(
             self.num_chosen, dim=-1, sorted=False
         )[1]

@@ -70,9 +70,7 @@ def _yarn_frequencies(config: TextConfig, device: torch.device) -> Tensor:
 
     low = max(math.floor(pair_that_turns(yarn.beta_fast)), 0)
     high = min(math.ceil(pair_that_turns(yarn.beta_slow)), dim - 1)
-    # The cache outlives the caller's mode: a tensor made in inference mode could not be trained on.
-    with torch.inference_mode(mode=False), torch.no_grad():
-        pairs_P = torch.arange(dim // 2, dtype=torch.float32, device=device)
-        frequencies_P = theta ** (-2 * pairs_P / dim)
-        slowed_P = ((pairs_P - low) / max(high - low, 0.001)).clamp(0, 1)
-        return frequencies_P * (1 - slowed_P) + frequencies_P / yarn.factor * slowed_P
+    pairs_P = torch.arange(dim // 2, dtype=torch.float32, device=device)
+    frequencies_P = theta ** (-2 * pairs_P / dim)
+    slowed_P = ((pairs_P - low) / max(high - low, 0.001)).clamp(0, 1)
+    return frequencies_P * (1 - slowed_P) + frequencies_P / yarn.factor * slowed_P

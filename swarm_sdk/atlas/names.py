@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import random
 import string
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 
 from swarm_sdk.atlas.pages import world
 from swarm_sdk.atlas.vocabulary import COMMON_WORDS, CONNECTORS, PREFIXES, SUFFIXES
@@ -20,8 +21,32 @@ ONSETS = (
     *("b", "d", "k", "l", "m", "n", "r", "s", "t", "", "", "z", "br", "ch", "gr", "kh", "sh", "th"),
 )
 VOWELS = (*"aeiouaeioaeio", "ai", "ou", "ei", "ia", "y", "ua")
-CODAS = (*[""] * 8, "n", "r", "l", "s", "m", "t", "k", "n", "r", "l", "ng", "rd", "st", "nd", "x", "p")
-ACCENTS = dict(zip("aeiouncsz", ("áàâäãåā", "éèêëē", "íìîïī", "óòôöõøō", "úùûüū", "ñ", "ç", "ş", "ž"), strict=True))
+CODAS = (
+    *[""] * 8,
+    "n",
+    "r",
+    "l",
+    "s",
+    "m",
+    "t",
+    "k",
+    "n",
+    "r",
+    "l",
+    "ng",
+    "rd",
+    "st",
+    "nd",
+    "x",
+    "p",
+)
+ACCENTS = dict(
+    zip(
+        "aeiouncsz",
+        ("áàâäãåā", "éèêëē", "íìîïī", "óòôöõøō", "úùûüū", "ñ", "ç", "ş", "ž"),
+        strict=True,
+    )
+)
 
 
 @cache
@@ -49,13 +74,16 @@ class Names:
         return word[:1].upper() + word[1:]
 
     def name(self) -> str:
-        """One to four words, as titles are."""
+        """One to four words, as titles are.
+
+        In the patterns w stands for a word, p a prefix, s a suffix, c a connector, # a number.
+        """
         rng = self.rng
-        pattern = rng.choices(  # w word, p prefix, s suffix, c connector, # number
+        pattern = rng.choices(
             ("w", "w w", "p w", "w s", "w c w", "w-w", "w'w", "w w w", "w (w)", "w #", "w and w"),
             (58, 15, 6, 5, 4, 3, 2, 1, 3, 2, 1),
         )[0]
-        parts = {
+        parts: dict[str, Callable[[], str]] = {
             "w": self.word,
             "p": lambda: rng.choice(PREFIXES),
             "s": lambda: rng.choice(SUFFIXES),
@@ -75,8 +103,7 @@ class Names:
         titles: list[str] = []
         while len(titles) < num_titles:
             if titles and self.rng.random() < 0.35:
-                base = self.rng.choice(titles)
-                titles.append(self._fresh(lambda base=base: self._similar(base)))
+                titles.append(self._fresh(partial(self._similar, self.rng.choice(titles))))
             else:
                 titles.append(self.title())
         return titles
@@ -88,7 +115,11 @@ class Names:
         def draw() -> str:
             words = [self.word() if rng.random() < 0.75 else rng.choice(COMMON_WORDS)]
             if rng.random() < 0.35:
-                words.append(self.word() if rng.random() < 0.5 else rng.choice(("code", "year", "rate", "number", "index", "point")))
+                words.append(
+                    self.word()
+                    if rng.random() < 0.5
+                    else rng.choice(("code", "year", "rate", "number", "index", "point"))
+                )
             return " ".join(words).lower().replace("-", "").replace("'", "")
 
         return self._fresh(draw)
@@ -106,7 +137,8 @@ class Names:
             case "digits":
                 return self._digits(rng.randint(2, 6))
             case "decimal":
-                return f"{self._digits(rng.randint(1, 4))}.{rng.randint(0, 99):02d}{rng.choice(('', '', '5', '7'))}"
+                fraction = f"{rng.randint(0, 99):02d}" + rng.choice(("", "", "5", "7"))
+                return f"{self._digits(rng.randint(1, 4))}.{fraction}"
             case "degrees":
                 return f"{rng.uniform(-180, 180):.2f}"
             case "year":
@@ -117,15 +149,18 @@ class Names:
                 code = "".join(rng.choices(string.ascii_uppercase, k=rng.randint(1, 4)))
                 return code if rng.random() < 0.7 else code.title()
             case "mixed":
-                return f"{''.join(rng.choices(string.ascii_uppercase, k=2))}{rng.choice(('', '-', ' '))}{rng.randint(1, 9999)}"
+                letters = "".join(rng.choices(string.ascii_uppercase, k=2))
+                return f"{letters}{rng.choice(('', '-', ' '))}{rng.randint(1, 9999)}"
             case "domain":
                 return "." + "".join(rng.choices(string.ascii_lowercase, k=rng.randint(2, 3)))
             case "word":
                 return rng.choice(COMMON_WORDS) if rng.random() < 0.6 else self.word().lower()
             case "phrase":
-                return f"{rng.choice(COMMON_WORDS)} {rng.choice((rng.choice(COMMON_WORDS), self.word().lower()))}"
+                return f"{rng.choice(COMMON_WORDS)} {self.value('word')}"
             case "path":
-                return f"{self.word()}/{self.word()}" + (f"_{self.word()}" if rng.random() < 0.25 else "")
+                return f"{self.word()}/{self.word()}" + (
+                    f"_{self.word()}" if rng.random() < 0.25 else ""
+                )
             case "codes":
                 return ", ".join(self._code() for _ in range(rng.randint(1, 3)))
             case "names":
@@ -141,7 +176,7 @@ class Names:
         first = self.rng.choice("123456789")
         return first + "".join(self.rng.choices(string.digits, k=num_digits - 1))
 
-    def _fresh(self, draw) -> str:
+    def _fresh(self, draw: Callable[[], str]) -> str:
         while True:
             name = draw()
             if name.lower() not in self._used:
@@ -174,7 +209,7 @@ class Names:
         return word[:i] + self.rng.choice(ACCENTS[word[i]]) + word[i + 1 :]
 
     def _similar(self, base: str) -> str:
-        stem = base.split(" (")[0]
+        stem = base.split(" (", maxsplit=1)[0]
         match self.rng.randrange(5):
             case 0:
                 return f"{stem} ({self.word()})"

@@ -6,8 +6,8 @@
     ...
 
 Every fifth entity of each kind (by a hash of its title) and the two attributes in
-``HELDOUT_ATTRIBUTES`` are held out: no training page has them or names them as a value. Units: area km2, latitude and
-longitude degrees, melting and boiling point K, density g/cm3.
+``HELDOUT_ATTRIBUTES`` are held out: no training page has them or names them as a value.
+Units: area km2, latitude and longitude degrees, melting and boiling point K, density g/cm3.
 """
 
 from __future__ import annotations
@@ -91,6 +91,8 @@ class World:
     """Attributes whose values are numbers that can be added and compared."""
     plurals: Mapping[str, str]
     """Kind -> its plural."""
+    absent: tuple[Entity, ...] = ()
+    """Things without a page and without attributes, to be reported as ``UNKNOWN``."""
 
     @cached_property
     def by_title(self) -> Mapping[str, Entity]:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import Literal
 
 from swarm_sdk.atlas.arithmetic import Operation
+from swarm_sdk.atlas.names import Names
+from swarm_sdk.atlas.pictures import Picture
 
 WIDE = (
     "For each of these {kinds} give the {attributes}: {names}.",
@@ -74,10 +77,88 @@ COMPUTE = {
 }
 DENSITY = "What is the population density of {x} (population divided by area)?" + ROUNDED
 
+LOOK = {
+    "count": (
+        "How many {things} are in the picture?",
+        "How many {things} does {name} show?",
+        "Count the {things} in {name}.",
+        "Count the {things} in the picture.",
+        "What is the number of {things} in the picture?",
+    ),
+    "colour": (
+        "How many {colour} {things} are in the picture?",
+        "Count the {colour} {things} in {name}.",
+        "How many of the {things} in the picture are {colour}?",
+    ),
+    "width": (
+        "How wide is the {thing} in the picture, in pixels?",
+        "What is the width in pixels of the {thing} in {name}?",
+        "Measure the width of the {thing} in the picture in pixels.",
+    ),
+    "height": (
+        "How tall is the {thing} in the picture, in pixels?",
+        "What is the height in pixels of the {thing} in {name}?",
+        "Measure the height of the {thing} in the picture in pixels.",
+    ),
+    "area": (
+        "How many pixels does the {thing} in the picture cover?",
+        "What is the area in pixels of the {thing} in {name}?",
+        "Measure the area of the {thing} in the picture in pixels.",
+    ),
+    "centre": (
+        "Where is the centre of the {thing} in the picture? Give x, y in pixels.",
+        "Locate the {thing} in {name}: give the x, y of its centre in pixels.",
+        "At which x, y in pixels is the centre of the {thing}?",
+    ),
+    "brightness": (
+        "What is the mean brightness of the picture, from 0 to 255?",
+        "How bright is {name} on average, from 0 to 255?",
+        "What is the average grey value of the picture, from 0 to 255?",
+    ),
+    "size": (
+        "What is the size of the picture in pixels, width x height?",
+        "How large is {name} in pixels, width x height?",
+        "Give the size of the picture, width x height.",
+    ),
+}
+THINGS = {
+    "train": (
+        *(("disc", "discs"), ("object", "objects"), ("spot", "spots"), ("dot", "dots")),
+        *(("square", "squares"), ("shape", "shapes"), ("cell", "cells"), ("particle", "particles")),
+        *(("seed", "seeds"), ("mark", "marks"), ("tile", "tiles"), ("grain", "grains")),
+        *(("stone", "stones"), ("drop", "drops"), ("button", "buttons"), ("coin", "coins")),
+    ),
+    "heldout": (
+        *(("object", "objects"), ("blob", "blobs"), ("shape", "shapes"), ("pebble", "pebbles")),
+        *(("bead", "beads"), ("patch", "patches")),
+    ),
+}
+"""(one, several) of what pictures may show."""
+PICTURE_NAMES = {
+    "train": ("picture", "image", "photo", "scan", "img", "frame", "sample", "view"),
+    "heldout": ("plate", "slide", "shot", "field", "exhibit"),
+}
 
-def wide(
-    kinds: str, titles: Sequence[str], attributes: Sequence[str], rng: random.Random
+
+def look(
+    picture: Picture, name: str, split: Literal["train", "heldout"], rng: random.Random
 ) -> str:
+    """Ask for the picture's task; about half of the templates name the file."""
+    thing, things = rng.choice(THINGS[split])
+    if split == "train" and rng.random() < 0.4:  # what the things are called must not matter
+        thing = Names(rng).word().lower().replace("'", "")
+        things = f"{thing}s"
+    if name == "coins.png":
+        thing, things = "coin", "coins"
+    elif picture.task in {"count", "width", "height", "area", "centre"} and rng.random() < 0.5:
+        look = "bright" if picture.is_bright else "dark"
+        thing, things = f"{look} {thing}", f"{look} {things}"
+    return rng.choice(LOOK[picture.task]).format(
+        name=name, thing=thing, things=things, colour=picture.colour
+    )
+
+
+def wide(kinds: str, titles: Sequence[str], attributes: Sequence[str], rng: random.Random) -> str:
     """Ask for a table."""
     filled = {
         "kinds": kinds,

@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import io
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -122,7 +121,9 @@ def photograph(name: str, task: Task, answer: str = "") -> Picture:
     spec = find_spec("skimage")
     path = Path(spec.origin).parent / "data" / name if spec and spec.origin else None
     if path is None or not path.exists():
-        raise ConfigError(f"picture {name} comes with scikit-image; pip install 'swarm-sdk[sandbox]'")
+        raise ConfigError(
+            f"picture {name} comes with scikit-image; pip install 'swarm-sdk[sandbox]'"
+        )
     with Pillow.open(path) as picture:
         if task == "size":
             answer = f"{picture.width} x {picture.height}"
@@ -172,7 +173,7 @@ def code(task: Task, name: str, colour: str = "") -> str:
         case "brightness":
             lines = [numpy, pillow, read, "print(round(g.mean(), 1))"]
         case "size":
-            lines = [pillow, f'print("{{}} x {{}}".format(*Image.open("{name}").size))']
+            lines = [numpy, pillow, read, 'print(g.shape[1], "x", g.shape[0])']
         case _:
             lines = [numpy, pillow, scipy, otsu, read, *largest, prints[task]]
     return "\n".join(lines)
@@ -187,19 +188,25 @@ def _coloured(height: int, width: int, style: _Style, rng: random.Random) -> Pic
     picture_HW3 = np.full((height, width, 3), ground, dtype=float)
     for mask_HW, colour in zip(masks, painted, strict=True):
         picture_HW3[mask_HW] = COLOURS[colour]
-    picture_HW3 += np.random.default_rng(rng.getrandbits(32)).normal(0, style.noise / 2, picture_HW3.shape)
+    picture_HW3 += np.random.default_rng(rng.getrandbits(32)).normal(
+        0, style.noise / 2, picture_HW3.shape
+    )
     data = _encode(np.clip(picture_HW3, 0, 255).round().astype(np.uint8))
     return Picture(data, "colour", str(painted.count(asked)), colour=asked)
 
 
-def _grey(covered_HW: Mask, style: _Style, rng: random.Random, *, is_bright: bool) -> NDArray[np.uint8]:
+def _grey(
+    covered_HW: Mask, style: _Style, rng: random.Random, *, is_bright: bool
+) -> NDArray[np.uint8]:
     height, width = covered_HW.shape
     low, high = rng.randint(20, 60), rng.randint(170, 220)
     ground, objects = (low, high) if is_bright else (high, low)
     picture_HW = np.where(covered_HW, float(objects), float(ground))
     picture_HW += np.linspace(0, rng.uniform(-1, 1) * style.slope, width)[None, :]
     picture_HW += np.linspace(0, rng.uniform(-1, 1) * style.slope, height)[:, None]
-    picture_HW += np.random.default_rng(rng.getrandbits(32)).normal(0, style.noise, picture_HW.shape)
+    picture_HW += np.random.default_rng(rng.getrandbits(32)).normal(
+        0, style.noise, picture_HW.shape
+    )
     return np.clip(picture_HW, 0, 255).round().astype(np.uint8)
 
 
@@ -228,9 +235,7 @@ def _single(height: int, width: int, style: _Style, rng: random.Random) -> Mask:
     return _shape(rng.choice(style.shapes), height, width, y, x, tall, wide)
 
 
-def _shape(
-    shape: str, height: int, width: int, y: int, x: int, tall: int, wide: int
-) -> Mask:
+def _shape(shape: str, height: int, width: int, y: int, x: int, tall: int, wide: int) -> Mask:
     """A mask of half-height ``tall`` and half-width ``wide`` around row ``y``, column ``x``."""
     dy = np.abs(np.arange(height) - y)[:, None] / tall
     dx = np.abs(np.arange(width) - x)[None, :] / wide

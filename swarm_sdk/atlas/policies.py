@@ -74,6 +74,7 @@ class ScriptedPolicy:
         Raises:
             ModelError: the script plays an agent whose model fails.
         """
+        del tools
         if self._is_started:
             say = self._script.send(_results(messages))
         else:
@@ -178,8 +179,7 @@ class Swarmer:
                 return (yield from self._delegate(lookup, [1] * len(lookup.titles)))
             case "few":
                 return (yield from self._delegate(lookup, self._shares(len(lookup.titles))))
-            case "mixed":
-                return (yield from self._mix(lookup))
+        return (yield from self._mix(lookup))
 
     def _shares(self, num_titles: int) -> list[int]:
         """How many names each of a few sub-agents gets: all the same but the last."""
@@ -189,7 +189,7 @@ class Swarmer:
 
     def _delegate(self, lookup: Lookup, shares: Sequence[int]) -> Rows:
         parts = _split(lookup, shares)
-        created, *reports = yield Say((_create(lookup), *self._assignments(parts)))
+        _, *reports = yield Say((_create(lookup), *self._assignments(parts)))
         return "", (yield from self._collect(lookup, parts, reports))
 
     def _mix(self, lookup: Lookup) -> Rows:
@@ -197,7 +197,7 @@ class Swarmer:
         *others, own = _split(lookup, [1] * len(lookup.titles))
         (title,) = own.titles
         calls = (_create(lookup), *self._assignments(others), _search(title))
-        created, *reports, hits = yield Say(calls)
+        _, *reports, hits = yield Say(calls)
         rows = yield from self._collect(lookup, others, reports)
         (page,) = yield Say((_open(_pick(title, hits)),))
         thoughts, row = _note(title, lookup.attributes, page)
@@ -282,7 +282,9 @@ def _read_parallel(lookup: Lookup, *, is_last_row_thought: bool = True) -> Rows:
         _note(title, lookup.attributes, page)
         for title, page in zip(lookup.titles, opened, strict=True)
     ]
-    thoughts = "\n".join(f"{lines}\n{row}" if is_last_row_thought else lines for lines, row in notes)
+    thoughts = "\n".join(
+        f"{lines}\n{row}" if is_last_row_thought else lines for lines, row in notes
+    )
     return thoughts, [row for _, row in notes]
 
 

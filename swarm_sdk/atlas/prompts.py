@@ -1,14 +1,7 @@
-"""What the agents that `nano` is trained on are told; the same texts are used when it is run.
+"""What scripted main agents write when they create a sub-agent, and how rows are written.
 
-The main agent's prompt names what it has and how to reply, and orders nothing else. A sub-agent's
-prompt is written by the main agent, so ``finder_prompt`` is what the scripted main agents write.
+What the main agent itself is told is ``swarm_sdk.prompts.MAIN``, in training as in use.
 """
-
-MAIN_SYSTEM_PROMPT = (
-    "You answer questions from pages: search and open find them, ipython runs Python code. "
-    "You can create sub-agents with create_subagent and give them tasks with assign_task. "
-    "Reply with a table, one row per name, or with one line: answer: VALUE"
-)
 
 FINDER_NAME = "finder"
 

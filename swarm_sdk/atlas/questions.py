@@ -11,12 +11,14 @@ agents follow; it is never shown to a model.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from swarm_sdk.atlas import arithmetic, phrases
+from swarm_sdk.atlas import arithmetic, phrases, pictures
+from swarm_sdk.atlas.names import Names
 from swarm_sdk.atlas.pages import UNKNOWN, Entity, World
 from swarm_sdk.atlas.prompts import table_row
 from swarm_sdk.types import Image
@@ -94,6 +96,9 @@ def wide_question(
         if all(len(e.value(name)) <= longest for e in entities)
         and sum(e.value(name) == UNKNOWN for e in entities) * 4 <= len(entities)
     ]
+    for absent in world.absent:
+        if absent.kind == kind and len(entities) > 2:
+            entities[rng.randrange(len(entities))] = absent
     num_attributes = min(len(names), rng.choices((1, 2, 3, 4), (2, 4, 4, 2))[0])
     attributes = tuple(rng.sample(names, num_attributes))
     titles = tuple(e.title for e in entities)
@@ -110,9 +115,12 @@ def wide_question(
 def deep_question(world: World, targets: Sequence[Entity], rng: random.Random) -> Question:
     """2 to 4 dependent lookups along the relations of ``world``, from an entity of ``targets``."""
     num_hops = rng.choices((2, 3, 4), (4, 4, 2))[0]
+    members = _by_kind(targets)
+    weights = [math.sqrt(len(found)) for found in members.values()]
     chain = None
     while chain is None:
-        chain = _walk(world, rng.choice(targets), num_hops, rng)
+        start = rng.choice(members[rng.choices(list(members), weights)[0]])
+        chain = _walk(world, start, num_hops, rng)
     value = chain.title
     for attribute in chain.attributes:
         entity = world.named(value)
@@ -161,11 +169,16 @@ def _id(kind: Kind, rng: random.Random) -> str:
 def _same_kind(
     targets: Sequence[Entity], num_entities: int, rng: random.Random
 ) -> tuple[str, list[Entity]]:
-    members: dict[str, list[Entity]] = {}
-    for entity in targets:
-        members.setdefault(entity.kind, []).append(entity)
+    members = _by_kind(targets)
     kind = rng.choice([k for k, found in members.items() if len(found) >= num_entities])
     return kind, rng.sample(members[kind], num_entities)
+
+
+def _by_kind(entities: Sequence[Entity]) -> dict[str, list[Entity]]:
+    members: dict[str, list[Entity]] = {}
+    for entity in entities:
+        members.setdefault(entity.kind, []).append(entity)
+    return members
 
 
 def _attributes(entities: Sequence[Entity]) -> list[str]:
@@ -197,3 +210,38 @@ def _walk(world: World, start: Entity, num_hops: int, rng: random.Random) -> Cha
     if not last:
         return None
     return Chain(start.title, (*attributes, rng.choice(last)))
+
+
+def look_question(split: Literal["train", "heldout"], rng: random.Random) -> Question:
+    """A drawn picture and something to measure; held-out pictures are drawn another way."""
+    picture = pictures.draw(rng.choice(pictures.TASKS), rng, is_heldout=split == "heldout")
+    names = phrases.PICTURE_NAMES[split]
+    name = f"{rng.choice(names)}{rng.choice(('', rng.randint(1, 99)))}.png"
+    if split == "train" and rng.random() < 0.6:
+        name = f"{Names(rng).word().lower()}{rng.choice(('', '_', '-'))}{rng.randint(0, 999)}.png"
+    if split == "train" and rng.random() < 0.25:
+        name = name.removesuffix(".png") + ".jpg"  # a name says nothing of what is inside
+    return _look_question(picture, name.replace("'", ""), split, rng)
+
+
+def photograph_questions(rng: random.Random) -> list[Question]:
+    """Held-out questions about the photographs of scikit-image."""
+    return [
+        _look_question(pictures.photograph(name, task, answer), name, "heldout", rng)
+        for name, task, answer in pictures.PHOTOGRAPHS
+    ]
+
+
+def _look_question(
+    picture: pictures.Picture, name: str, split: Literal["train", "heldout"], rng: random.Random
+) -> Question:
+    media_type = "image/png" if name.endswith(".png") else "image/jpeg"
+    return Question(
+        id=_id("look", rng),
+        kind="look",
+        prompt=phrases.look(picture, name, split, rng),
+        answer=picture.answer,
+        files=(Image(picture.data, media_type, name),),
+        tolerance=pictures.TOLERANCE.get(picture.task, 0.0),
+        plan=Measurement(pictures.code(picture.task, name, picture.colour)),
+    )

@@ -25,9 +25,10 @@ def score(question: Question, output: str) -> float:
 
 
 def item_f1(truth: str, output: str) -> float:
-    """Item-F1 of the last table of ``output`` against the table ``truth``.
+    r"""Item-F1 of the last table of ``output`` against the table ``truth``.
 
-    >>> item_f1("| name | capital |\\n|---|---|\\n| Kenya | Nairobi |", "| name | capital |\\n| Kenya | nairobi |")
+    >>> truth = "| name | capital |\n|---|---|\n| Kenya | Nairobi |"
+    >>> item_f1(truth, "Here it is:\n| name | capital |\n| Kenya | nairobi |")
     1.0
     """
     asked, given = table_items(truth), table_items(output)
@@ -58,9 +59,9 @@ def table_items(text: str) -> Items:
 
 
 def final_answer(output: str) -> str:
-    """What stands after the last ``answer:``, else the last line that is not empty.
+    r"""What stands after the last ``answer:``, else the last line that is not empty.
 
-    >>> final_answer("So:\\nanswer: 42.")
+    >>> final_answer("So:\nanswer: 42.")
     '42.'
     """
     found = re.findall(r"answer:[ \t*]*(.*)", output, flags=re.IGNORECASE)

@@ -30,12 +30,14 @@ from swarm_sdk.atlas.questions import (
 )
 from swarm_sdk.atlas.scoring import score
 from swarm_sdk.model_backend.chat.template import ChatFormat
+from swarm_sdk.model_backend.chat.typescript import declare_tools
 from swarm_sdk.runtime.episode import Result
+from swarm_sdk.runtime.spawn import ASSIGN_TASK, CREATE_SUBAGENT
 from swarm_sdk.swarm import Swarm
 from swarm_sdk.testing import ScriptedModel
 from swarm_sdk.tools.corpus import Corpus, Page
 from swarm_sdk.tools.ipython import IPythonTool
-from swarm_sdk.tools.sandbox.kernel import KernelPool
+from swarm_sdk.tools.sandbox.pool import KernelPool
 from swarm_sdk.tools.search import OpenTool, SearchTool
 from swarm_sdk.traces.ledger import Ledger
 from swarm_sdk.traces.parl.sft import Row
@@ -46,17 +48,17 @@ EPISODES_PER_LEDGER = 500
 FAIL_SHARE = 0.03
 """Share of sub-agents that fail, so that recovery is learned."""
 SUB_ROW_SHARE = 0.5
-"""Share of sub-agents' rows that are kept: an episode has one main row and up to twelve of theirs."""
+"""Share of sub-agents' rows that are kept: an episode has one main row and many of theirs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mix:
     """What is asked, by share. Ours, by trial."""
 
-    wide: float = 0.40
-    deep: float = 0.25
-    compute: float = 0.20
-    look: float = 0.15
+    wide: float = 0.27
+    deep: float = 0.15
+    compute: float = 0.33
+    look: float = 0.25
     real: float = 0.12
     """Share of questions about the training entities of the Atlas; the rest are invented."""
 
@@ -85,7 +87,12 @@ class Teacher:
     """Runs episodes in one process and gives back their rows."""
 
     def __init__(
-        self, chat_format: ChatFormat | None, kernels: KernelPool, directory: Path, seed: int, mix: Mix
+        self,
+        chat_format: ChatFormat | None,
+        kernels: KernelPool,
+        directory: Path,
+        seed: int,
+        mix: Mix,
     ) -> None:
         self._format = chat_format
         self._kernels = kernels
@@ -123,13 +130,14 @@ class Teacher:
         model = ScriptedModel(
             start=lambda messages: swarmer.agent(messages).next, chat_format=self._format
         )
-        swarm = Swarm(model, tools=self._tools(pages), runs=runs)
+        swarm = Swarm(model, tools=self.tools(pages), runs=runs)
         try:
             return await swarm.run(Task(question.prompt, question.files))
         finally:
             await swarm.aclose()
 
-    def _tools(self, pages: World) -> list[Tool]:
+    def tools(self, pages: World) -> list[Tool]:
+        """Search and open over a world, and IPython."""
         if pages is world("train"):
             self._real_corpus = self._real_corpus or corpus_of(pages)
             corpus = self._real_corpus
@@ -176,7 +184,10 @@ async def texts(num_episodes: int, seed: int, mix: Mix) -> list[str]:
     found: list[str] = []
     async with teacher(None, seed, mix) as teaching:
         number = 0
+        declared = declare_tools([tool.spec for tool in teaching.tools(world("train"))])
+        spawning = declare_tools([CREATE_SUBAGENT, ASSIGN_TASK])
         async for _, ledger, episode_id in teaching.episodes():
+            found += [declared, spawning]
             for agent in ledger.agents(episode_id):
                 for message in ledger.messages(episode_id, agent.path):
                     found += [message.content, message.reasoning]

@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 from queue import Empty
 from subprocess import DEVNULL
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import anyio
 
@@ -33,7 +33,7 @@ from swarm_sdk.tools.sandbox.output import CellOutput
 from swarm_sdk.tools.sandbox.protocol import CellResult, CellStatus
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from swarm_sdk.types import Image
 
@@ -49,6 +49,12 @@ _KERNEL_SETTINGS = (
 _QUIET = logging.getLogger("swarm_sdk.sandbox.jupyter")
 _QUIET.addHandler(logging.NullHandler())
 _QUIET.propagate = False
+_CellEnd = Literal["over", "late", "quit", "dead"]
+_WHY_DIED: dict[_CellEnd, str] = {
+    "late": "the cell did not stop after {:g} s and its process was killed",
+    "quit": "the cell ended the process",
+    "dead": "the process died",
+}
 _LOST = "the Python process was restarted: variables are lost, files are kept"
 _RESET = """
 import gc as _gc, os as _os, sys as _sys
@@ -165,11 +171,13 @@ class KernelSandbox:
         Raises:
             SandboxDied: the kernel is gone or does not answer.
         """
+        left = self._work
         self._num_resets += 1
         self._make_folders()
         result = await self.run(_RESET.format(work=str(self._work)), timeout_s=10.0)
         if result.status != "ok" or result.text:
             raise SandboxDied(f"the sandbox could not be reset: {result.text}")
+        shutil.rmtree(left, ignore_errors=True)
 
     async def aclose(self) -> None:
         """End the kernel and delete its files."""
@@ -181,24 +189,20 @@ class KernelSandbox:
 
     async def _run_cell(self, code: str, output: CellOutput, timeout_s: float) -> CellStatus:
         request = self._client.execute(code, allow_stdin=False)
-        if await self._collect(request, output, timeout_s):
+        end = await self._collect(request, output, timeout_s)
+        if end == "over":
             return "error" if output.has_error else "ok"
-        if await self._is_alive():
+        if end == "late":
             await self._manager.interrupt_kernel()
-            if await self._collect(request, output, self._interrupt_grace_s):
+            if await self._collect(request, output, self._interrupt_grace_s) == "over":
                 output.note(f"stopped after {timeout_s:g} s; variables are kept")
                 return "timeout"
-        reason = (
-            f"the cell did not stop after {timeout_s:g} s and its process was killed"
-            if await self._is_alive()
-            else "the process died"
-        )
-        output.note(f"{reason}: variables are lost, files are kept")
+        output.note(f"{_WHY_DIED[end].format(timeout_s)}: variables are lost, files are kept")
         await self._end_kernel()
         return "died"
 
-    async def _collect(self, request: str, output: CellOutput, timeout_s: float) -> bool:
-        """Take in the cell's messages; returns whether it came to its end."""
+    async def _collect(self, request: str, output: CellOutput, timeout_s: float) -> _CellEnd:
+        """Take in the cell's messages until its end, or until there is nothing to wait for."""
         with anyio.move_on_after(timeout_s):
             is_idle = False
             while not is_idle:
@@ -206,7 +210,7 @@ class KernelSandbox:
                     message = await self._client.get_iopub_msg(timeout=_POLL_S)
                 except Empty:
                     if not await self._is_alive():
-                        return False
+                        return "dead"
                     continue
                 await anyio.lowlevel.checkpoint()
                 if message["parent_header"].get("msg_id") != request:
@@ -217,8 +221,8 @@ class KernelSandbox:
             while True:
                 reply = await self._client.get_shell_msg()
                 if reply["parent_header"].get("msg_id") == request:
-                    return True
-        return False
+                    return "quit" if _asks_to_exit(reply["content"]) else "over"
+        return "late"
 
     async def _start(self) -> None:
         try:
@@ -278,7 +282,7 @@ class KernelSandbox:
             raise
 
     async def _wait_ready(self) -> None:
-        """Wait until the kernel answers and its messages reach us (a late subscriber misses some)."""
+        """Wait until the kernel answers and we see its messages (late subscribers miss some)."""
         while True:
             request = self._client.kernel_info()
             try:
@@ -328,7 +332,7 @@ class KernelSandbox:
         self._work.mkdir()
 
     def _environment(self) -> dict[str, str]:
-        """What code may see of our environment: no keys, no tokens."""
+        """Give what code may see of our environment: no keys, no tokens."""
         kept = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
         caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         return {
@@ -341,7 +345,13 @@ class KernelSandbox:
             "OPENBLAS_NUM_THREADS": "1",
             "PYDEVD_DISABLE_FILE_VALIDATION": "1",
             "PYTHONDONTWRITEBYTECODE": "1",
+            "PYTHONWARNINGS": "ignore:To exit:UserWarning",
         }
+
+
+def _asks_to_exit(reply: Mapping[str, Any]) -> bool:
+    """Whether the cell called ``quit()``: the process ends shortly after such a reply."""
+    return any(payload.get("source") == "ask_exit" for payload in reply.get("payload", ()))
 
 
 def check_file_names(files: Sequence[Image]) -> None:

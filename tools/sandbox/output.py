@@ -22,6 +22,7 @@ MAX_IMAGES = 8
 MAX_IMAGE_BYTES = 8 * 2**20
 _PNG = b"\x89PNG\r\n\x1a\n"
 _ESCAPE = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)|[@-_])")
+_CELL_FILE = re.compile(r" \(\d+\.py, line \d+\)$")
 _CELL_LINE = re.compile(r"Cell In\[(\d+)\], line (\d+)")
 
 
@@ -127,7 +128,8 @@ class CellOutput:
 
     def _error(self, content: Mapping[str, Any]) -> str:
         """Give the exception on one line, and under it the line of the cell that raised."""
-        first = f"{content.get('ename', 'Error')}: {content.get('evalue', '')}".rstrip(": ")
+        value = _CELL_FILE.sub("", str(content.get("evalue", "")))
+        first = f"{content.get('ename', 'Error')}: {value}".rstrip(": ")
         trace = _ESCAPE.sub("", "\n".join(map(str, content.get("traceback", ()))))
         lines = self._code.splitlines()
         for count, number in reversed(_CELL_LINE.findall(trace)):

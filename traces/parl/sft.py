@@ -2,7 +2,8 @@
 
     rows (ids, is_sampled) -> pool -> batches of like lengths -> loss -> AdamW
 
-    loss = sum_t w_t * -log p(id_t | ids before t) / sum_t w_t,   w = 1 on sampled ids, else context_weight
+    loss = sum_t w_t * -log p(id_t | ids before t) / sum_t w_t
+    w = 1 on sampled ids, else context_weight
 
 Rows are padded to the longest of their batch, on the right, where causal attention never looks.
 Experts are kept in balance without a loss term, as in the K2.5 router: after each step the
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional
 
 from swarm_sdk.errors import ConfigError
 from swarm_sdk.model_backend.model.kimi import KimiModel
@@ -124,7 +125,7 @@ def next_token_loss(
     for start in range(0, len(targets_X), chunk_tokens):
         part = slice(start, start + chunk_tokens)
         logits_XV = model.logits(hidden_XD[part]).float()
-        nll_X = F.cross_entropy(logits_XV, targets_X[part], reduction="none")
+        nll_X = functional.cross_entropy(logits_XV, targets_X[part], reduction="none")
         total = total + (nll_X * weights_X[part]).sum()
         with torch.no_grad():
             is_right_X = logits_XV.argmax(-1) == targets_X[part]
@@ -157,7 +158,7 @@ def _is_text(name: str) -> bool:
 
 
 def train(model: KimiModel, rows: Iterator[Row], config: SftConfig, log: Log) -> dict[str, Any]:
-    """Train in place until ``max_steps``, ``max_seconds`` or the end of ``rows``; returns totals."""
+    """Train in place to ``max_steps``, ``max_seconds`` or the end of ``rows``; returns totals."""
     device = next(model.parameters()).device
     optimizer = _optimizer(model, config)
     model.train()
@@ -217,5 +218,7 @@ def balance_experts(
     mixtures = [layer.mlp for layer in model.layers if isinstance(layer.mlp, MixtureOfExperts)]
     for mixture, ids_TK in zip(mixtures, chosen_experts, strict=True):
         bias_E = mixture.gate.e_score_correction_bias
-        load_E = torch.bincount(ids_TK[is_real_T].flatten(), minlength=len(bias_E)).float()
+        is_chosen_TE = torch.zeros(len(ids_TK), len(bias_E), device=bias_E.device)
+        is_chosen_TE.scatter_(1, ids_TK, 1.0)
+        load_E = is_real_T.float() @ is_chosen_TE
         bias_E += rate * torch.sign(load_E.mean() - load_E)

@@ -9,6 +9,7 @@ import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -42,18 +43,24 @@ class ChatServer:
     bodies: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     remotes: set[Any] = field(default_factory=set)
-    num_disconnected: int = 0
+    asked: asyncio.Event = field(default_factory=asyncio.Event)
+    disconnected: asyncio.Event = field(default_factory=asyncio.Event)
+    answers_get: dict[str, Any] = field(default_factory=dict)
+
+    async def tell(self, request: web.Request) -> web.StreamResponse:
+        return web.json_response(self.answers_get[request.path])
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         self.bodies.append(body)
+        self.asked.set()
         self.headers.append(dict(request.headers))
         self.remotes.add(request.transport.get_extra_info("peername"))
         step = self.steps.pop(0) if len(self.steps) > 1 else self.steps[0]
         try:
             return await step(request)
         except asyncio.CancelledError:
-            self.num_disconnected += 1
+            self.disconnected.set()
             raise
 
 
@@ -65,6 +72,7 @@ async def serving(*steps: Step) -> AsyncIterator[ChatServer]:
     app.router.add_post("/v1/chat/completions", server.answer)
     app.router.add_post("/generate", server.answer)
     app.router.add_post("/abort_request", server.answer)
+    app.router.add_get("/{path:.*}", server.tell)
     runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -126,16 +134,9 @@ def replies(body: Any, status: int = 200, **headers: str) -> Step:
     return step
 
 
-@dataclass(frozen=True)
-class Wire:
-    """What the tests take from here."""
-
-    serving: Any = staticmethod(serving)
-    says: Any = staticmethod(says)
-    replies: Any = staticmethod(replies)
-    as_openai_reads_it: Any = staticmethod(as_openai_reads_it)
-
-
 @pytest.fixture
-def wire() -> Wire:
-    return Wire()
+def wire() -> SimpleNamespace:
+    """What the tests take from here."""
+    return SimpleNamespace(
+        serving=serving, says=says, replies=replies, as_openai_reads_it=as_openai_reads_it
+    )

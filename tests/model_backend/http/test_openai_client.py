@@ -1,4 +1,4 @@
-"""``OpenAIModel`` against a real server on the loopback, its requests read by openai's own types."""
+"""``OpenAIModel`` against a real server; its requests are read by openai's own types."""
 
 import base64
 import json
@@ -18,6 +18,7 @@ pytestmark = pytest.mark.anyio
 SEARCH = ToolSpec("search", "Find pages.", {"type": "object", "properties": {"q": {}}})
 PYTHON = ToolSpec("ipython", "Run code.", {"type": "object", "properties": {"code": {}}})
 PICTURE = Image(b"\x89PNG not decoded by the client", "image/png", "coins.png")
+DEFAULT = Sampling()
 QUESTION = (Message("system", "Be brief."), Message("user", "How high is K2?"))
 
 
@@ -26,7 +27,7 @@ def model_of(server, **settings) -> OpenAIModel:
     return OpenAIModel(server.base_url + "/v1", "kimi-k2.5", **settings)
 
 
-async def first_turn(server, *, tools=(SEARCH, PYTHON), sampling=Sampling(), **settings):
+async def first_turn(server, *, tools=(SEARCH, PYTHON), sampling=DEFAULT, **settings):
     model = model_of(server, **settings)
     try:
         dialogue = model.dialogue(tools)

@@ -1,3 +1,4 @@
+import doctest
 import json
 from pathlib import Path
 
@@ -5,6 +6,8 @@ import pytest
 from transformers import Kimi_K25Config
 
 from swarm_sdk.errors import ConfigError
+from swarm_sdk.model_backend.model import config as config_module
+from swarm_sdk.model_backend.model import media
 from swarm_sdk.model_backend.model.config import KimiConfig, k25, nano, special_token_id, tiny
 
 
@@ -61,9 +64,17 @@ def test_special_tokens_are_the_last_256_ids() -> None:
         ("", "quantization_config", {"quant_method": "compressed-tensors"}, "quantised"),
         ("", "text_config", None, "no text_config section"),
         ("", "media_placeholder_token_id", 512, "outside the vocabulary"),
-        ("text_config", "hidden_size", "64", "text_config.hidden_size must be a int"),
+        ("text_config", "hidden_size", "64", "text_config.hidden_size must be of the type int"),
+        ("text_config", "hidden_size", float("inf"), "hidden_size must be of the type int"),
+        ("text_config", "hidden_size", 64.5, "hidden_size must be of the type int"),
+        ("text_config", "hidden_size", True, "hidden_size must be of the type int"),
         ("text_config", "hidden_size", 0, "text_config.hidden_size must be positive"),
-        ("text_config", "rms_norm_eps", float("nan"), "text_config.rms_norm_eps must be a float"),
+        (
+            "text_config",
+            "rms_norm_eps",
+            float("nan"),
+            "text_config.rms_norm_eps must be of the type float",
+        ),
         ("text_config", "num_experts_per_tok", 9, "at most n_routed_experts"),
         ("text_config", "qk_rope_head_dim", 7, "must be even"),
         ("text_config", "scoring_func", "softmax", "text_config.scoring_func is 'softmax'"),
@@ -96,7 +107,7 @@ def test_a_missing_field_is_named(field: str) -> None:
 
 
 def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="config.json is missing"):
+    with pytest.raises(ConfigError, match=r"config\.json is missing"):
         KimiConfig.from_hf(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match="not valid JSON"):
@@ -104,3 +115,8 @@ def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ConfigError, match="one JSON object"):
         KimiConfig.from_hf(tmp_path)
+
+
+def test_the_examples_of_the_docstrings_are_right() -> None:
+    assert doctest.testmod(config_module).failed == 0
+    assert doctest.testmod(media).failed == 0

@@ -72,7 +72,8 @@ def test_no_size_breaks_the_limits_or_is_enlarged(width: int, height: int) -> No
     new_width, new_height = resized_size(width, height, 16384, 512)
     assert 1 <= new_width <= min(width, 512 * 14)
     assert 1 <= new_height <= min(height, 512 * 14)
-    assert (new_width // 14) * (new_height // 14) <= 16384
+    num_patches = max(1, width // 14) * max(1, height // 14)
+    assert new_width * new_height <= max(16384 * width * height / num_patches, width, height)
     padded_rows, padded_columns = math.ceil(new_height / 28) * 2, math.ceil(new_width / 28) * 2
     assert max(padded_rows, padded_columns) <= 512
     assert num_image_tokens(width, height, limits) == padded_rows * padded_columns // 4

@@ -1,0 +1,238 @@
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import anyio
+import pytest
+
+from swarm_sdk.errors import ConfigError, SandboxDied
+from swarm_sdk.tools.sandbox.kernel import KernelSandbox
+from swarm_sdk.tools.sandbox.pool import KernelPool
+from swarm_sdk.types import Image
+
+pytestmark = pytest.mark.anyio
+FILE = Image(b"bytes", name="coins.png")
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def at_most(limit_s):
+    started = time.perf_counter()
+    yield
+    assert time.perf_counter() - started < limit_s
+
+
+async def run(sandbox, code, timeout_s=20.0):
+    result = await sandbox.run(code, timeout_s=timeout_s)
+    return result.status, result.text
+
+
+async def test_a_session_keeps_variables_and_tells_what_happened(monkeypatch):
+    monkeypatch.setenv("SECRET_TOKEN", "canary")
+    async with KernelSandbox([FILE], max_chars=200) as sandbox:
+        assert await run(sandbox, "x = 41") == ("ok", "")
+        assert await run(sandbox, "print('a')\nx + 1") == ("ok", "a\n42")
+        status, text = await run(sandbox, "y = 0\nprint('before')\n1 / y")
+        assert (status, text) == (
+            "error",
+            "before\nZeroDivisionError: division by zero\n  line 3: 1 / y",
+        )
+        status, text = await run(sandbox, "x = = 2")
+        assert (status, text) == ("error", "SyntaxError: invalid syntax\n  line 1: x = = 2")
+        assert (await run(sandbox, "input()"))[0] == "error"
+        assert await run(sandbox, "open('coins.png', 'rb').read()") == ("ok", "b'bytes'")
+        assert await run(sandbox, "import os; 'SECRET_TOKEN' in os.environ") == ("ok", "False")
+        assert await run(sandbox, "open('/proc/self/environ').read().count('canary')") == (
+            "ok",
+            "0",
+        )
+        assert await run(sandbox, "await __import__('asyncio').sleep(0, 7)") == ("ok", "7")
+        long = await sandbox.run("print('head', '.' * 5000, 'tail')", timeout_s=20)
+        assert long.num_dropped_chars == 5011 - 200
+        assert long.text.startswith("head ..")
+        assert long.text.endswith(".. tail")
+        assert long.wall_s > 0
+
+
+async def test_plots_and_pictures_come_back_as_png():
+    async with KernelSandbox() as sandbox:
+        code = "import matplotlib.pyplot as plt\nplt.plot([1, 2]);"
+        plot = await sandbox.run(code, timeout_s=60)
+        assert [image.data[:4] for image in plot.images] == [b"\x89PNG"]
+        code = "from PIL import Image\nImage.new('L', (4, 3))"
+        picture = await sandbox.run(code, timeout_s=20)
+        assert [image.media_type for image in picture.images] == ["image/png"]
+
+
+async def test_a_late_cell_is_interrupted_and_variables_are_kept():
+    async with KernelSandbox() as sandbox:
+        await run(sandbox, "x = 1")
+        with at_most(8):
+            status, text = await run(sandbox, "print('on')\nwhile True: pass", timeout_s=0.5)
+        assert status == "timeout"
+        assert text.startswith("on\nKeyboardInterrupt")
+        assert text.endswith("[stopped after 0.5 s; variables are kept]")
+        assert await run(sandbox, "x") == ("ok", "1")
+
+
+async def test_endless_output_is_cut_and_stopped():
+    async with KernelSandbox() as sandbox:
+        with at_most(15):
+            result = await sandbox.run("while True: print('x' * 999)", timeout_s=0.5)
+        assert result.status in ("timeout", "died")
+        assert len(result.text) < 4300
+        assert result.num_dropped_chars > 10_000
+
+
+async def test_a_cell_that_ignores_the_interrupt_is_killed_and_the_loss_is_told():
+    async with KernelSandbox([FILE], interrupt_grace_s=0.3) as sandbox:
+        first = sandbox.pid
+        code = "x = 1\nimport signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        with at_most(8):
+            status, text = await run(sandbox, code + "while True: time.sleep(1)", timeout_s=0.5)
+        assert status == "died"
+        assert "did not stop after 0.5 s and its process was killed: variables are lost" in text
+        assert not is_running(first)
+        status, text = await run(sandbox, "x")
+        assert status == "error"
+        assert "variables are lost" in text
+        assert "NameError" in text
+        assert await run(sandbox, "open('coins.png').read()") == ("ok", "'bytes'")
+
+
+@pytest.mark.parametrize("code", ["import os; os._exit(3)", "quit()"])
+async def test_a_cell_that_ends_its_process_says_so(code):
+    async with KernelSandbox() as sandbox:
+        status, text = await run(sandbox, code)
+        assert status == "died"
+        assert "variables are lost" in text
+        assert (await run(sandbox, "1 + 1"))[1].endswith("\n2")
+        assert await run(sandbox, "1 + 1") == ("ok", "2")
+
+
+async def test_cells_asked_for_at_once_run_one_after_the_other():
+    async with KernelSandbox() as sandbox:
+        await run(sandbox, "count = 0")
+        code = "import time; seen = count; time.sleep(0.05); count = seen + 1"
+        async with anyio.create_task_group() as group:
+            for _ in range(4):
+                group.start_soon(run, sandbox, code)
+        assert await run(sandbox, "count") == ("ok", "4")
+
+
+async def test_nothing_is_left_after_close_not_even_children():
+    async with KernelSandbox() as sandbox:
+        pid = sandbox.pid
+        code = "import subprocess, os\np = subprocess.Popen(['sleep', '300'])\np.pid, os.getcwd()"
+        child, folder = eval((await run(sandbox, code))[1])
+        assert is_running(pid)
+        assert is_running(child)
+    assert not is_running(pid)
+    assert not is_running(child)
+    assert not await anyio.Path(folder).exists()
+    await sandbox.aclose()
+    with pytest.raises(SandboxDied, match="closed"):
+        await sandbox.run("1", timeout_s=1)
+
+
+async def test_a_cancelled_cell_does_not_run_on():
+    async with KernelSandbox() as sandbox:
+        pid = sandbox.pid
+        with anyio.move_on_after(0.3):
+            await sandbox.run("import time; time.sleep(300)", timeout_s=300)
+        assert not is_running(pid)
+        assert "variables are lost" in (await run(sandbox, "1"))[1]
+
+
+async def test_a_cancelled_start_leaves_no_process_behind():
+    sandbox = KernelSandbox()
+    with anyio.move_on_after(0.2) as scope:
+        await sandbox.__aenter__()
+    assert scope.cancelled_caught
+    assert sandbox.pid is None
+
+
+async def test_a_kernel_that_does_not_start_in_time_is_one_sentence():
+    with pytest.raises(SandboxDied, match="did not start within"):
+        async with KernelSandbox(start_timeout_s=0.01):
+            pass
+
+
+async def test_a_kernel_without_ipykernel_is_one_sentence(tmp_path, monkeypatch):
+    broken = tmp_path / "ipykernel_launcher.py"
+    broken.write_text("raise SystemExit(1)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(SandboxDied, match="ended while it started"):
+        async with KernelSandbox():
+            pass
+
+
+@pytest.mark.parametrize("name", ["../a.png", "/etc/passwd", "..", ".", "a\\b", "a\0b", "é" * 200])
+async def test_file_names_that_leave_the_folder_are_refused(name):
+    with pytest.raises(ConfigError, match="file name"):
+        KernelSandbox([Image(b"", name=name)])
+
+
+async def test_two_files_of_one_name_are_refused():
+    with pytest.raises(ConfigError, match=r"two files are named 'coins\.png'"):
+        KernelSandbox([FILE, FILE])
+
+
+async def test_a_pool_hands_out_fresh_kernels_and_ends_them_all():
+    pids = set()
+    async with KernelPool(1, max_alive=2) as pool:
+        for _ in range(2):
+            async with pool.lease([FILE]) as sandbox:
+                assert await run(sandbox, "'x' in globals(), open('coins.png').read()") == (
+                    "ok",
+                    "(False, 'bytes')",
+                )
+                await run(sandbox, "x = 1")
+                assert pool.num_alive <= 2
+                pids.add(sandbox.pid)
+        assert len(pids) == 2
+    assert pool.num_alive == 0
+    assert not any(map(is_running, pids))
+
+
+async def test_a_pool_reuses_kernels_without_their_variables_and_files():
+    pids = set()
+    async with KernelPool(1, max_alive=1, reuse=True) as pool:
+        for number in range(3):
+            async with pool.lease([Image(b"", name=f"{number}.png")]) as sandbox:
+                code = (
+                    "import os\n'x' in globals(), os.listdir('.'), os.listdir(os.environ['HOME'])"
+                )
+                expected = (False, [f"{number}.png"], [f"{number}.png"])
+                assert await run(sandbox, code) == ("ok", str(expected))
+                await run(sandbox, "x = 1")
+                pids.add(sandbox.pid)
+        assert len(pids) == 1
+        async with pool.lease() as sandbox:
+            await run(sandbox, "import os; os._exit(1)")
+        async with pool.lease() as sandbox:
+            assert await run(sandbox, "1") == ("ok", "1")
+            assert sandbox.pid not in pids
+
+
+async def test_a_full_pool_makes_a_lease_wait_and_then_says_so():
+    async with KernelPool(1, max_alive=1) as pool, pool.lease():
+        pool._wait_s = 0.2
+        with pytest.raises(SandboxDied, match="all 1 sandboxes are in use"):
+            async with pool.lease():
+                pass
+    with pytest.raises(ConfigError, match="not open"):
+        async with pool.lease():
+            pass
+
+
+def test_a_pool_of_impossible_numbers_is_refused():
+    for size, max_alive in ((-1, 2), (3, 2), (0, 0)):
+        with pytest.raises(ConfigError, match="max_alive"):
+            KernelPool(size, max_alive=max_alive)
