@@ -7,6 +7,9 @@ and run on the same ids and pixels. Each key is the largest absolute difference 
 all positions: ``text``, ``image``, ``packed_images`` (two sizes), ``clip4`` and ``clip3`` (frames),
 ``mixed``. ``greedy_equal`` is 1 if the most likely token agrees at every position of every case
 (or the reference's two best are closer than 1e-4, a tie that occurs about once in 2,000 positions).
+``engine_logprob`` is the largest difference between the log-probs of the embedded engine and those
+of the model run without any cache; ``dialogues_equal`` is 1 if 200 generated dialogues have the ids
+that an independent renderer gives them.
 
 Weights are drawn so that mistakes show: every norm, bias and correction bias is random, and logits
 have a spread (standard deviation) of about 0.5; the peer's ``spread`` tells it.
@@ -15,11 +18,14 @@ have a spread (standard deviation) of about 0.5; the peer's ``spread`` tells it.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import platform
 import subprocess
+import sys
 import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,7 +49,6 @@ from swarm_sdk.model_backend.weights import checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 REFERENCE_VIDEO_TOKEN_ID = 163840
 MAX_RANDOM_TOKEN_ID = 256
@@ -212,7 +217,8 @@ def measure(*, is_quick: bool) -> dict[str, Any]:
         results["nano_text"] = max(
             difference for key, difference, *_ in model_parity(nano(), range(1)) if key == "text"
         )
-    # Later layers add their keys here: ``engine_logprob`` and ``dialogues_equal``.
+    results["engine_logprob"] = _reference("engine").engine_logprob()
+    results["dialogues_equal"] = int(_reference("chat").dialogues_equal(num=200))
     return {
         "name": "parity",
         "commit": _commit(),
@@ -222,6 +228,18 @@ def measure(*, is_quick: bool) -> dict[str, Any]:
         "results": results,
         "peers": {"transformers": {"spread": float(np.median(spreads))}},
     }
+
+
+def _reference(layer: str) -> Any:
+    """Load the independent references that the tests of a layer use, by path."""
+    path = Path(__file__).parents[1] / "tests" / "model_backend" / layer / "reference.py"
+    spec = importlib.util.spec_from_file_location(f"{layer}_reference", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def _commit() -> str:

@@ -222,11 +222,11 @@ async def _run_within_wall_time(state: EpisodeState, spec: AgentSpec) -> AgentOu
     name = f"{schema.INVOKE_WORKFLOW} swarm"
     with state.tracer.start_as_current_span(name, attributes=attributes) as span:
         with anyio.move_on_after(wall_s) as scope:
-            outcome = await run_agent(state, spec)
+            await run_agent(state, spec)
+        outcome = state.outcomes.get("main") or _unstarted(spec)
         if scope.cancelled_caught:
             exceeded = BudgetExceeded("seconds", used=wall_s or 0, allowed=wall_s or 0)
-            stopped = state.outcomes.get("main") or _unstarted(spec)
-            outcome = replace(stopped, status="out_of_budget", error=str(exceeded))
+            outcome = replace(outcome, status="out_of_budget", error=str(exceeded))
             state.ledger.end_agent(
                 state.episode_id,
                 "main",

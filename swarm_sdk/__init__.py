@@ -54,7 +54,27 @@ _HOME = {
     "Usage": "types",
     "tool": "tools.function",
 }
-__all__ = list(_HOME)
+__all__ = [
+    "Budget",
+    "BudgetExceeded",
+    "ConfigError",
+    "Corpus",
+    "IPythonTool",
+    "Image",
+    "Message",
+    "ModelError",
+    "OpenTool",
+    "Result",
+    "Role",
+    "Sampling",
+    "SearchTool",
+    "Swarm",
+    "SwarmError",
+    "Task",
+    "ToolError",
+    "Usage",
+    "tool",
+]
 __version__ = "0.1.0"
 
 

@@ -17,6 +17,7 @@ from swarm_sdk.errors import ConfigError
 from swarm_sdk.runtime.budget import Budget
 from swarm_sdk.types import Image, Model, Sampling, Task, Tool
 
+NANO_CONTEXT_TOKENS = 8_192
 MODEL_FORMS = "'nano', 'path:DIRECTORY', 'sglang:http://host:port' or 'openai:http://host/v1#model'"
 
 
@@ -103,6 +104,7 @@ def _embedded_model(directory: Path) -> Model:
 
 
 def _sglang_model(base_url: str) -> Model:
+    """`nano` behind a SGLang server; other models need a ``TokenModel`` with their tokenizer."""
     from swarm_sdk.model_backend.chat.dialogue import TokenModel
     from swarm_sdk.model_backend.chat.template import ChatFormat
     from swarm_sdk.model_backend.chat.tokenizer import Tokenizer
@@ -111,9 +113,9 @@ def _sglang_model(base_url: str) -> Model:
     tokenizer = Tokenizer.from_dir(nano_directory())
     return TokenModel(
         name=base_url,
-        engine=SglangEngine(base_url),
-        chat_format=ChatFormat(tokenizer, thinking=False),
-        context_tokens=8192,
+        engine=SglangEngine(base_url, media_pad_id=tokenizer.special.media_pad),
+        chat_format=ChatFormat(tokenizer, thinking=True),
+        context_tokens=NANO_CONTEXT_TOKENS,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import anyio
 from opentelemetry import trace
@@ -212,7 +212,11 @@ class Swarm:
 
 
 def _as_tools(tools: Sequence[Tool | Callable[..., Any]]) -> dict[str, Tool]:
-    return check_names([tool if hasattr(tool, "spec") else FunctionTool(tool) for tool in tools])
+    return check_names([tool if _is_tool(tool) else FunctionTool(tool) for tool in tools])
+
+
+def _is_tool(tool: Tool | Callable[..., Any]) -> TypeGuard[Tool]:
+    return hasattr(tool, "spec")
 
 
 def _with_roles(instructions: str, roles: Sequence[Role]) -> str:

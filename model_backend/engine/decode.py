@@ -7,9 +7,9 @@ from a table, keys from ``DecodeRows``. ``KimiModel.forward`` is the truth that 
 against; everything else (prompts, CUDA, other dtypes) runs through that.
 """
 
-# Shapes: B = rows, one a sequence, D = hidden, H = heads, N = nope, R = rope, P = R / 2, L = latent,
-# W = L + R (one cached token), V = value width, Q = q_lora_rank, E = experts, K = experts a token,
-# I = inner width, S = keys of the longest sequence of a band.
+# Shapes: B = rows, one a sequence, D = hidden, H = heads, N = nope, R = rope, P = R / 2,
+# L = latent, W = L + R (one cached token), V = value width, Q = q_lora_rank, E = experts,
+# K = experts a token, I = inner width, S = keys of the longest sequence of a band.
 
 from __future__ import annotations
 

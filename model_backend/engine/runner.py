@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from swarm_sdk.model_backend.engine.rows import Band
     from swarm_sdk.model_backend.engine.scheduler import Chunk
     from swarm_sdk.model_backend.engine.sequence import Sequence
     from swarm_sdk.model_backend.model.kimi import KimiModel
@@ -59,8 +60,10 @@ class Runner:
         rest = [chunk for chunk in chunks if chunk not in fast] if fast else chunks
         logits: list[Tensor] = []
         sampled: list[Chunk] = []
+        # A sequence that computes anything in another way gives up its row, which would miss it.
+        bands = self.rows.update(chunk.sequence for chunk in fast)
         if network is not None and fast:
-            logits_XV, order = self._decode(network, fast)
+            logits_XV, order = self._decode(network, fast, bands)
             logits.append(logits_XV)
             sampled += order
         if rest:
@@ -81,9 +84,10 @@ class Runner:
         result_of = dict(zip(map(id, sampled), results, strict=True))
         return [result_of[id(chunk)] for chunk in chunks if chunk.samples]
 
-    def _decode(self, network: DecodeNetwork, chunks: list[Chunk]) -> tuple[Tensor, list[Chunk]]:
+    def _decode(
+        self, network: DecodeNetwork, chunks: list[Chunk], bands: list[Band]
+    ) -> tuple[Tensor, list[Chunk]]:
         """Return logits [X, V] and the chunks that they belong to."""
-        bands = self.rows.update(chunk.sequence for chunk in chunks)
         chunk_of = {id(chunk.sequence): chunk for chunk in chunks}
         order = [chunk_of[id(sequence)] for band in bands for sequence in band.sequences]
         sequences = [chunk.sequence for chunk in order]

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from swarm_sdk.atlas.pages import world
-from swarm_sdk.atlas.questions import Question, look_question, wide_question
+from swarm_sdk.atlas.questions import Question, photograph_questions, wide_question
 from swarm_sdk.atlas.scoring import final_answer, score
 from swarm_sdk.desk import desk_tools
 from swarm_sdk.progress import Progress
@@ -74,16 +74,14 @@ class DemoReport:
 
 
 def demo_questions() -> tuple[Question, Question]:
-    """A wide question on held-out countries, and a count in a held-out picture."""
+    """A wide question on held-out countries, and how many coins a real photograph shows."""
     rng = random.Random(QUESTION_SEED)
     heldout = world("heldout")
     countries = [entity for entity in heldout.entities if entity.kind == "country"]
     wide = wide_question(world("all"), countries, rng, num_entities=NUM_ENTITIES)
     while len(wide.answer.splitlines()[0].split("|")) != 2 + 1 + 3:  # three attributes
         wide = wide_question(world("all"), countries, rng, num_entities=NUM_ENTITIES)
-    look = look_question("heldout", rng)
-    while not look.answer.isdigit() or int(look.answer) > 40:  # counts, not sizes
-        look = look_question("heldout", rng)
+    look = next(q for q in photograph_questions(rng) if "coins" in q.files[0].name)
     return wide, look
 
 
