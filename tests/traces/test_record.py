@@ -1,0 +1,82 @@
+"""Spans point to the ledger, which is written first; children stay below their parents."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
+
+from swarm_sdk import Message, Swarm
+from swarm_sdk.testing import ScriptedModel, call, calls
+from swarm_sdk.traces import schema
+from swarm_sdk.traces.ledger import Ledger
+from swarm_sdk.types import ToolSpec
+
+
+class Collector(SpanProcessor):
+    """Keeps spans, and at the end of each looks its ledger row up."""
+
+    def __init__(self, runs: Path) -> None:
+        self.runs = runs
+        self.spans: list[ReadableSpan] = []
+        self.kinds: dict[int, str] = {}
+
+    def on_end(self, span: ReadableSpan) -> None:
+        self.spans.append(span)
+        step_id = (span.attributes or {}).get(schema.LEDGER_STEP_ID)
+        if step_id is not None:
+            ledger = Ledger(self.runs, readonly=True)
+            episode_id = str((span.attributes or {})[schema.EPISODE_ID])
+            rows = {step.id: step.kind for step in ledger.steps(episode_id)}
+            self.kinds[int(str(step_id))] = rows[int(str(step_id))]
+            ledger.close()
+
+
+def policy(messages: Sequence[Message], tools: Sequence[ToolSpec]) -> Message | str:
+    results = [m for m in messages if m.role == "tool"]
+    if any(tool.name == "assign_task" for tool in tools) and not results:
+        made = [call("assign_task", agent="a", prompt=str(i)) for i in range(5)]
+        return calls(call("create_subagent", name="a", system_prompt=""), *made)
+    return "done"
+
+
+def test_every_record_is_committed_before_its_span_ends_and_spans_keep_their_parents(
+    tmp_path: Path,
+) -> None:
+    provider = TracerProvider()
+    collector = Collector(tmp_path)
+    provider.add_span_processor(collector)
+    Swarm(ScriptedModel(policy), runs=tmp_path, tracer_provider=provider).run_sync("go")
+
+    by_id = {span.context.span_id: span for span in collector.spans}
+    operations = [(span.attributes or {})[schema.OPERATION] for span in collector.spans]
+    assert operations.count(schema.CHAT) == 2 + 5
+    assert operations.count(schema.EXECUTE_TOOL) == 6
+    assert sorted(collector.kinds.values()) == ["sample"] * 7 + ["tool"] * 6
+
+    def path(span: ReadableSpan) -> str:
+        return str((span.attributes or {}).get(schema.AGENT_PATH, ""))
+
+    for span in collector.spans:
+        operation = (span.attributes or {})[schema.OPERATION]
+        if operation == schema.INVOKE_WORKFLOW:
+            assert span.parent is None
+            continue
+        assert span.parent is not None
+        parent = by_id[span.parent.span_id]
+        if operation in (schema.CHAT, schema.EXECUTE_TOOL):
+            assert (parent.attributes or {})[schema.OPERATION] == schema.INVOKE_AGENT
+            assert path(parent) == path(span)
+        elif path(span) == "main":
+            assert (parent.attributes or {})[schema.OPERATION] == schema.INVOKE_WORKFLOW
+        else:
+            assert path(parent) == "main"
+
+
+def test_spans_never_carry_tokens_or_texts(tmp_path: Path) -> None:
+    provider = TracerProvider()
+    collector = Collector(tmp_path)
+    provider.add_span_processor(collector)
+    secret = "a very particular sentence"
+    swarm = Swarm(ScriptedModel(lambda m, t: secret), runs=tmp_path, tracer_provider=provider)
+    swarm.run_sync(secret)
+    assert not any(secret in str(span.attributes) for span in collector.spans)
