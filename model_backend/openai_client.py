@@ -46,6 +46,10 @@ _OUR_FIELDS: Final = frozenset(
 """Fields of a request that ``extra_body`` cannot set."""
 
 
+IMAGE_CHARS: Final = 3_000
+"""What a picture counts in the estimate of a prompt's length."""
+
+
 class OpenAIModel:
     """``Model`` over a chat-completions server: OpenAI, Moonshot, SGLang, vLLM, llama.cpp."""
 
@@ -152,6 +156,14 @@ class OpenAIDialogue:
         self._num_calls = 0
         self._tool_images: list[tuple[str, Image]] = []
         """Pictures of tool results, with their call ids, that no user message holds yet."""
+        self._num_known_tokens = 0
+        """Tokens of the context up to the last answer, as the server counted them."""
+        self._num_new_chars = 0
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """An estimate: what the server counted up to its last answer, a token for 3 characters."""
+        return self._num_known_tokens + self._num_new_chars // 3 + 8
 
     @property
     def messages(self) -> tuple[WireMessage, ...]:
@@ -161,6 +173,7 @@ class OpenAIDialogue:
     def observe(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """Append messages; returns no ids, since the server does not tell them."""
         for message in messages:
+            self._num_new_chars += len(message.content) + IMAGE_CHARS * len(message.images)
             if message.role == "tool":
                 call_id = message.tool_call_id
                 self._messages.append(
@@ -204,7 +217,14 @@ class OpenAIDialogue:
             reasoning=answer.reasoning_content or answer.reasoning or "",
             tool_calls=tuple(calls),
         )
-        return Turn(message=message, generation=completion.generation(finish_reason))
+        generation = completion.generation(finish_reason)
+        self._num_known_tokens = generation.num_prompt_tokens + generation.num_completion_tokens
+        self._num_new_chars = 0
+        return Turn(message=message, generation=generation)
+
+    def replay(self, turn: Turn) -> None:
+        """Append a recorded answer; its calls keep our ids on the wire."""
+        self.observe([turn.message])
 
     def _read_call(self, function: Function, index: int, *, is_cut: bool) -> ToolCall:
         """Read one call; what is wrong with it becomes its ``error``."""

@@ -1,282 +1,307 @@
 """One agent from its prompt to its final message.
 
-    observe(prompt) ─> reserve ─> sample ─> record ─┬─> no calls: the message is the answer
-         ▲                                          └─> calls ─> run them side by side ─> record
+    observe(prompt) ─> reserve ─> sample ─> commit ─┬─> no calls: the message is the answer
+         ▲                                          └─> calls ─> run them side by side ─> commit
          └────────────────────────── observe(results) ◄─────────────────────────────────────┘
 
-Nothing that goes wrong inside an agent leaves it as an exception, but cancellation: it ends with
-an ``AgentOutcome`` whose status says how.
+Where the episode is resumed, turns come from the record until it ends (``replay.py``). Nothing
+that goes wrong inside an agent leaves it as an exception, but cancellation, a record that cannot be
+written or continued, and ``fail_fast``: it ends with an ``AgentOutcome`` whose status says how.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeVar
+import json
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
-import anyio
+from pydantic import TypeAdapter, ValidationError
 
-from swarm_sdk.errors import BudgetExceeded, LedgerError, ModelError, ToolError
-from swarm_sdk.runtime.budget import AgentMeter, BudgetMeter
+from swarm_sdk.errors import (
+    BudgetExceeded,
+    ContextOverflow,
+    LedgerError,
+    ModelError,
+    SubagentError,
+)
 from swarm_sdk.runtime.events import (
     AgentFinished,
     AgentStarted,
-    Emit,
+    ContextReset,
     StepFinished,
     StepStarted,
-    ToolFinished,
-    ToolStarted,
 )
-from swarm_sdk.runtime.stage_graph import Node, StageGraph
-from swarm_sdk.traces.ledger import AgentRecord, Ledger
+from swarm_sdk.runtime.hooks import AgentInfo
+from swarm_sdk.runtime.replay import RecordedAgent, RecordedTurn, ReplayMismatch, check_prompt
+from swarm_sdk.runtime.state import (
+    AgentOutcome,
+    AgentResources,
+    AgentSpec,
+    AgentStatus,
+    EpisodeState,
+)
+from swarm_sdk.runtime.tool_calls import run_calls
+from swarm_sdk.traces.ledger import AgentRecord
 from swarm_sdk.traces.record import AgentRecorder, agent_span, now_ns
-from swarm_sdk.types import (
-    Image,
-    Message,
-    Model,
-    Sampling,
-    Tool,
-    ToolCall,
-    ToolContext,
-    ToolOutput,
-    Usage,
-)
+from swarm_sdk.types import Dialogue, Message, Sampling, Turn, Usage
 
-AgentStatus = Literal["done", "truncated", "out_of_budget", "failed", "cancelled"]
-ResourceT = TypeVar("ResourceT")
-SEQUENTIAL_TOOLS = frozenset({"create_subagent"})
-"""Tools of a turn that run first and in order, so that the same turn can use what they make."""
-
-
-@dataclass(slots=True, kw_only=True)
-class EpisodeState:
-    """What all agents of one episode share."""
-
-    episode_id: str
-    ledger: Ledger
-    tracer: Any
-    """An OpenTelemetry tracer."""
-    meter: BudgetMeter
-    graph: StageGraph
-    emit: Emit
-    seed: int | None
-    """Every turn derives its own seed from it; ``None`` draws fresh ones."""
-    usage: Usage = field(default_factory=Usage)
-    outcomes: dict[str, AgentOutcome] = field(default_factory=dict)
-    """Agents that ended, by path."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AgentSpec:
-    """An agent about to run."""
-
-    path: str
-    name: str
-    instructions: str
-    """The system prompt; empty for none."""
-    prompt: str
-    model: Model
-    tools: Mapping[str, Tool]
-    sampling: Sampling
-    meter: AgentMeter
-    files: tuple[Image, ...] = ()
-    parent: Node | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AgentOutcome:
-    """How an agent ended."""
-
-    path: str
-    name: str
-    status: AgentStatus
-    """done: it gave its final message; truncated: the message was cut at the token limit;
-    out_of_budget, failed, cancelled: ``error`` says why and ``output`` is the last it said."""
-    output: str
-    error: str | None = None
-    steps: int = 0
-    critical_steps: int = 0
-    usage: Usage = field(default_factory=Usage)
-
-
-class AgentResources:
-    """What one agent holds while it lives; closed when it ends, also on cancellation."""
-
-    def __init__(self) -> None:
-        self._stack = AsyncExitStack()
-        self._held: dict[str, Any] = {}
-        self._locks: dict[str, anyio.Lock] = {}
-
-    async def get(
-        self, key: str, start: Callable[[], AbstractAsyncContextManager[ResourceT]]
-    ) -> ResourceT:
-        """The resource ``key``, started on first use even if several calls ask at once."""
-        async with self._locks.setdefault(key, anyio.Lock()):
-            if key not in self._held:
-                self._held[key] = await self._stack.enter_async_context(start())
-        held: ResourceT = self._held[key]
-        return held
-
-    async def aclose(self) -> None:
-        """Give everything back."""
-        with anyio.CancelScope(shield=True):
-            await self._stack.aclose()
+NO_USAGE = Usage()
 
 
 async def run_agent(state: EpisodeState, spec: AgentSpec) -> AgentOutcome:
-    """Run one agent to its end; the outcome is also kept in ``state.outcomes``."""
-    run = _AgentRun(state, spec)
-    state.emit(AgentStarted(path=spec.path, name=spec.name, prompt=spec.prompt))
+    """Run one agent to its end; the outcome is also kept in ``state.outcomes``.
+
+    Raises:
+        LedgerError: the record cannot be written.
+        ReplayMismatch: a resumed episode does not fit its record.
+        SubagentError: with ``fail_fast``, a sub-agent ended without a report.
+    """
+    run = AgentRun(state, spec)
+    if state.emit is not None:
+        state.emit(AgentStarted(path=spec.path, name=spec.name, prompt=spec.prompt))
     record = AgentRecord(
         path=spec.path,
         parent_path=spec.parent.path if spec.parent else None,
         parent_stage=spec.parent.stage if spec.parent else None,
         name=spec.name,
         model=spec.model.name,
+        prompt=spec.prompt,
         started_ns=now_ns(),
     )
     status: AgentStatus = "cancelled"
     error: str | None = "the episode was cancelled"
-    with agent_span(state.ledger, state.episode_id, record, state.tracer) as recorder:
+    is_new = run.recorded is None
+    with agent_span(state.ledger, state.episode_id, record, state.spans, is_new=is_new) as recorder:
         try:
             status, error = await run.loop(recorder)
         except BudgetExceeded as exceeded:
             status, error = "out_of_budget", str(exceeded)
-        except ModelError as failure:
+        except ContextOverflow as overflow:
+            status, error = "overflow", str(overflow)
+        except (LedgerError, ReplayMismatch):
+            status, error = "failed", "the episode's record cannot be continued"
+            raise
+        except SubagentError as failure:
             status, error = "failed", str(failure)
+            raise
+        except Exception as failure:  # noqa: BLE001 - the boundary: models are other people's code
+            is_ours = isinstance(failure, ModelError)
+            status = "failed"
+            error = str(failure) if is_ours else f"{type(failure).__name__}: {failure}"
         finally:
             await run.resources.aclose()
-            outcome = AgentOutcome(
-                path=spec.path,
-                name=spec.name,
-                status=status,
-                output=run.last_content,
-                error=error,
-                steps=spec.meter.steps,
-                critical_steps=spec.meter.critical_steps,
-                usage=run.usage,
-            )
-            state.outcomes[spec.path] = outcome
-            state.ledger.end_agent(
-                state.episode_id,
-                spec.path,
-                status=status,
-                output=outcome.output,
-                ended_ns=now_ns(),
-            )
-            state.emit(
-                AgentFinished(
-                    path=spec.path, status=status, output=outcome.output, steps=outcome.steps
-                )
-            )
+            outcome = _end(state, spec, run, status, error)
+        recorder.end_spans()
     return outcome
 
 
-class _AgentRun:
+def _end(
+    state: EpisodeState, spec: AgentSpec, run: AgentRun, status: AgentStatus, error: str | None
+) -> AgentOutcome:
+    """Keep the outcome, record it and tell it."""
+    outcome = AgentOutcome(
+        path=spec.path,
+        name=spec.name,
+        status=status,
+        output=run.last_content,
+        error=error,
+        parsed=run.parsed,
+        steps=spec.meter.steps,
+        critical_steps=spec.meter.critical_steps,
+        usage=run.usage,
+    )
+    state.outcomes[spec.path] = outcome
+    if run.recorded is None or not run.recorded.is_ended:
+        state.ledger.end_agent(
+            state.episode_id,
+            spec.path,
+            status=status,
+            output=outcome.output,
+            error=error,
+            ended_ns=now_ns(),
+        )
+    if state.emit is not None:
+        state.emit(
+            AgentFinished(path=spec.path, status=status, output=outcome.output, steps=outcome.steps)
+        )
+    return outcome
+
+
+class AgentRun:
     """The loop of one agent and what it holds."""
+
+    __slots__ = (
+        "_history",
+        "info",
+        "last_content",
+        "num_repairs",
+        "parsed",
+        "recorded",
+        "resources",
+        "spec",
+        "state",
+        "usage",
+    )
 
     def __init__(self, state: EpisodeState, spec: AgentSpec) -> None:
         self.state = state
         self.spec = spec
+        self.info = AgentInfo(state.episode_id, spec.path, spec.name, state.deps)
         self.resources = AgentResources()
-        self.usage = Usage()
+        self.usage = NO_USAGE
         self.last_content = ""
+        self.parsed: Any = None
+        self.num_repairs = 0
+        self.recorded: RecordedAgent | None = (
+            None if state.replay is None else state.replay.agents.get(spec.path)
+        )
+        self._history: list[Message] | None = None if state.context is None else []
+        """All messages of the context; kept only for a context strategy."""
 
     async def loop(self, recorder: AgentRecorder) -> tuple[AgentStatus, str | None]:
         """Turn after turn until a message without calls; returns the status and the error."""
-        spec = self.spec
-        dialogue = spec.model.dialogue([tool.spec for tool in spec.tools.values()])
-        messages = [Message("user", spec.prompt, images=spec.files)]
-        if spec.instructions:
-            messages.insert(0, Message("system", spec.instructions))
-        self.state.graph.add_agent(spec.path, spec.parent)
+        spec, state, recorded = self.spec, self.state, self.recorded
+        dialogue = self._open_dialogue()
+        messages = self._first_messages()
+        state.graph.add_agent(spec.path, spec.parent)
         while True:
-            recorder.observe(messages, dialogue.observe(messages))
-            max_tokens = self.state.meter.reserve_step(spec.meter, spec.sampling.max_tokens)
-            used_tokens = 0
-            self.state.emit(StepStarted(path=spec.path, stage=recorder.stage))
-            started_ns = now_ns()
-            try:
-                turn = await dialogue.sample(
-                    replace(spec.sampling, max_tokens=max_tokens, seed=self._seed(recorder.stage))
-                )
-                used_tokens = turn.generation.num_completion_tokens
-            finally:
-                self.state.meter.settle_step(reserved_tokens=max_tokens, used_tokens=used_tokens)
-            recorder.sample(turn, model=spec.model.name, started_ns=started_ns)
-            self.state.graph.add_stage(spec.path)
-            usage = Usage.of(turn.generation)
-            self.usage += usage
-            self.state.usage += usage
+            if recorded is not None and recorder.stage < len(recorded.turns):
+                dialogue, turn = self._replay(recorded.turns[recorder.stage], dialogue, messages)
+            elif recorded is not None and recorded.is_ended:
+                self.last_content = recorded.record.output or self.last_content
+                return recorded.record.status, recorded.record.error  # type: ignore[return-value]
+            else:
+                dialogue, turn = await self._live(dialogue, messages, recorder)
             message = turn.message
-            self.last_content = message.content or self.last_content
-            self.state.emit(
-                StepFinished(path=spec.path, stage=recorder.stage, message=message, usage=usage)
-            )
-            if not message.tool_calls:
-                if turn.generation.finish_reason == "length":
-                    return "truncated", f"the message was cut at {max_tokens} tokens"
+            if self._history is not None:
+                self._history.append(message)
+            if message.content:
+                self.last_content = message.content
+            if message.tool_calls:
+                messages = await run_calls(self, message.tool_calls, recorder)
+            elif turn.generation.finish_reason == "length":
+                return "truncated", f"the message was cut after {len(message.content)} characters"
+            elif spec.output is None:
                 return "done", None
-            messages = await self._run_calls(message.tool_calls, recorder)
+            else:
+                complaint = self._parse(spec.output, message.content)
+                if complaint is None:
+                    return "done", None
+                if self.num_repairs == state.limits.max_repairs:
+                    return "failed", f"the final message does not fit its type: {complaint}"
+                self.num_repairs += 1
+                messages = [Message("user", f"{complaint}\nAnswer with the corrected JSON only.")]
             recorder.stage += 1
 
-    async def _run_calls(self, calls: Sequence[ToolCall], recorder: AgentRecorder) -> list[Message]:
-        """Run the calls of one turn side by side; results in the order of the calls."""
-        results: dict[int, ToolOutput] = {}
+    def _open_dialogue(self) -> Dialogue:
+        return self.spec.model.dialogue([tool.spec for tool in self.spec.tools.values()])
 
-        async def run_one(index: int) -> None:
-            results[index] = await self._run_call(calls[index], recorder)
+    def _first_messages(self) -> list[Message]:
+        spec = self.spec
+        messages = [Message("user", spec.prompt, images=self.state.files)]
+        instructions = spec.instructions
+        if spec.output is not None:
+            schema = json.dumps(spec.output.json_schema(), ensure_ascii=False)
+            instructions += (
+                f"\n\nEnd with one JSON object of this schema, and nothing else: {schema}"
+            )
+        if instructions:
+            messages.insert(0, Message("system", instructions.strip("\n")))
+        return messages
 
-        first = [i for i, call in enumerate(calls) if call.name in SEQUENTIAL_TOOLS]
-        for index in first:
-            await run_one(index)
-        async with anyio.create_task_group() as group:
-            for index, call in enumerate(calls):
-                if index not in first:
-                    group.start_soon(run_one, index, name=f"{self.spec.path} {call.id}")
-        return [
-            Message("tool", output.content, images=output.images, tool_call_id=calls[index].id)
-            for index, output in sorted(results.items())
-        ]
+    # -- one turn: from the record, or from the model ----------------------------------------------
 
-    async def _run_call(self, call: ToolCall, recorder: AgentRecorder) -> ToolOutput:
-        """The tool boundary: whatever a tool raises becomes a result that the model sees."""
+    def _replay(
+        self, recorded: RecordedTurn, dialogue: Dialogue, messages: Sequence[Message]
+    ) -> tuple[Dialogue, Turn]:
+        """Append a turn on record to the dialogue; nothing is asked and nothing recorded."""
+        path, turn = self.spec.path, recorded.turn
+        stage = self.state.graph.lengths[path]
+        if recorded.reset is not None:
+            dialogue, messages = self._open_dialogue(), recorded.observed
+            self._history = list(messages)
+        elif self._history is not None:
+            self._history += messages
+        entered = dialogue.observe(messages)
+        check_prompt(path, stage, entered, turn.prompt_ids)
+        dialogue.replay(replace(turn, prompt_ids=turn.prompt_ids[len(entered) :]))
+        self.spec.meter.count_step()
+        self._count(turn, stage, is_replayed=True)
+        return dialogue, turn
+
+    async def _live(
+        self, dialogue: Dialogue, messages: Sequence[Message], recorder: AgentRecorder
+    ) -> tuple[Dialogue, Turn]:
+        """Ask the model for a turn and commit it, with what entered the context before it."""
+        state = self.state
+        entered = dialogue.observe(messages)
+        if self._history is not None:
+            self._history += messages
+            if self._is_too_long(dialogue) and (kept := await self._shorten(dialogue, recorder)):
+                dialogue, messages = self._open_dialogue(), kept
+                entered = dialogue.observe(messages)
         started_ns = now_ns()
-        error: str | None = None
-        tool = self.spec.tools.get(call.name)
-        self.state.emit(ToolStarted(path=self.spec.path, call=call))
+        if state.emit is not None:
+            state.emit(StepStarted(path=self.spec.path, stage=recorder.stage))
+        turn = await self._sample(dialogue, recorder.stage)
+        recorder.sample(
+            turn,
+            observed=messages,
+            observed_ids=entered,
+            model=self.spec.model.name,
+            started_ns=started_ns,
+        )
+        self._count(turn, recorder.stage, is_replayed=False)
+        await recorder.commit()
+        return dialogue, turn
+
+    async def _sample(self, dialogue: Dialogue, stage: int) -> Turn:
+        """One model call within the budget; waits where the episode is paused."""
+        state, spec = self.state, self.spec
+        if not state.gate.is_open:
+            await state.gate.opened()
+        state.gate.num_inside += 1
+        used = NO_USAGE
         try:
-            if call.error is not None:
-                error, output = "malformed_call", ToolOutput(f"error: {call.error}")
-            elif tool is None:
-                known = ", ".join(sorted(self.spec.tools)) or "none"
-                error = "unknown_tool"
-                output = ToolOutput(
-                    f"error: there is no tool '{call.name}'; the tools are: {known}"
+            reserved = spec.meter.reserve(spec.sampling.max_tokens, dialogue.num_prompt_tokens)
+            try:
+                seed = self._seed(stage)
+                sampling = spec.sampling
+                if reserved.max_tokens != sampling.max_tokens or seed != sampling.seed:
+                    sampling = replace(sampling, max_tokens=reserved.max_tokens, seed=seed)
+                turn = await self._hooked(dialogue, sampling)
+                used = Usage.of(turn.generation)
+            finally:
+                spec.meter.settle(reserved, used)
+        finally:
+            state.gate.leave()
+        return turn
+
+    async def _hooked(self, dialogue: Dialogue, sampling: Sampling) -> Turn:
+        proceed: Callable[[Sampling], Awaitable[Turn]] = dialogue.sample
+        for hooks in reversed(self.state.hooks):
+            proceed = partial(_around_model_call, hooks, self.info, proceed)
+        return await proceed(sampling)
+
+    def _count(self, turn: Turn, stage: int, *, is_replayed: bool) -> None:
+        state = self.state
+        state.graph.add_stage(self.spec.path)
+        usage = Usage.of(turn.generation)
+        self.usage += usage
+        state.usage += usage
+        if state.emit is not None:
+            state.emit(
+                StepFinished(
+                    path=self.spec.path,
+                    stage=stage,
+                    message=turn.message,
+                    usage=usage,
+                    is_replayed=is_replayed,
                 )
-            else:
-                output = await tool(
-                    call.arguments,
-                    ToolContext(
-                        episode_id=self.state.episode_id,
-                        agent_path=self.spec.path,
-                        call_id=call.id,
-                        resources=self.resources,
-                        files=self.spec.files,
-                    ),
-                )
-        except ToolError as failure:
-            error, output = type(failure).__name__, ToolOutput(f"error: {failure}")
-        except LedgerError:
-            raise  # without a record there is no episode
-        except Exception as failure:  # noqa: BLE001 - the boundary: tools are other people's code
-            error = type(failure).__name__
-            output = ToolOutput(f"error: {type(failure).__name__}: {failure}")
-        recorder.tool(call, output, error=error, started_ns=started_ns)
-        self.state.emit(ToolFinished(path=self.spec.path, call=call, output=output, error=error))
-        return output
+            )
 
     def _seed(self, stage: int) -> int | None:
         """A seed of its own for each turn, the same in every run of the same episode seed."""
@@ -284,3 +309,65 @@ class _AgentRun:
             return self.spec.sampling.seed
         text = f"{self.state.seed}/{self.spec.path}#{stage}"
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+
+    # -- what the final message must be, and what to do with a context that is too long ----------
+
+    def _parse(self, output: TypeAdapter[Any], text: str) -> str | None:
+        """Keep the message as its type; returns what is wrong with it, or ``None``."""
+        try:
+            self.parsed = output.validate_json(_json_of(text))
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_context=False)[0]
+            place = ".".join(map(str, first["loc"]))
+            return f"{place + ': ' if place else ''}{first['msg']}"
+        return None
+
+    def _is_too_long(self, dialogue: Dialogue) -> bool:
+        strategy = self.state.context
+        return strategy is not None and dialogue.num_prompt_tokens >= strategy.threshold_tokens
+
+    async def _shorten(self, dialogue: Dialogue, recorder: AgentRecorder) -> list[Message]:
+        """What the strategy keeps of a context that is too long; nothing where it is all of it."""
+        strategy, history = self.state.context, self._history
+        assert strategy is not None
+        assert history is not None
+        kept = list(await strategy(tuple(history)))
+        if kept == history:
+            return []
+        num_dropped = len(history) - len(kept)
+        recorder.reset(
+            {
+                "strategy": strategy.name,
+                "num_dropped_messages": num_dropped,
+                "num_tokens_before": dialogue.num_prompt_tokens,
+            }
+        )
+        self._history = list(kept)
+        if self.state.emit is not None:
+            self.state.emit(
+                ContextReset(
+                    path=self.spec.path,
+                    stage=recorder.stage,
+                    strategy=strategy.name,
+                    num_dropped_messages=num_dropped,
+                )
+            )
+        return kept
+
+
+async def _around_model_call(
+    hooks: Any,
+    info: AgentInfo,
+    proceed: Callable[[Sampling], Awaitable[Turn]],
+    sampling: Sampling,
+) -> Turn:
+    turn: Turn = await hooks.model_call(info, sampling, proceed)
+    return turn
+
+
+def _json_of(text: str) -> str:
+    """The JSON of a message, without the fence that models like to put around it."""
+    stripped = text.strip()
+    if stripped.startswith("```"):
+        stripped = stripped.partition("\n")[2].rpartition("```")[0]
+    return stripped

@@ -1,8 +1,12 @@
 """Budgets that hold exactly under fan-out: reserve before the call, settle after it.
 
-A step that runs in parallel with others is admitted only if the limits allow it *together with
-everything admitted and not yet settled*. Critical steps need no reservation: an agent's depth is
-the length of the longest chain of steps that ends with it, so each agent checks its own.
+A step is admitted only if every scope above it has room *together with all that is admitted and
+not yet settled*. Scopes are nested, and the tightest wins:
+
+    swarm > episode > role's assignment (and all below it)
+
+Critical steps need no reservation: an agent's depth is the length of the longest chain of steps
+that ends with it, so each agent checks its own against the depth at which the scope began.
 
     depth(agent) += 1 for each of its steps
     depth(child at start) = depth(parent) at the step that launched it
@@ -12,14 +16,20 @@ the length of the longest chain of steps that ends with it, so each agent checks
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 from swarm_sdk.errors import BudgetExceeded, ConfigError
+from swarm_sdk.types import Price, Usage
+
+FREE = Price()
+_FRACTIONS = frozenset({"wall_s", "cost_usd"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Budget:
-    """Limits of one episode; ``None`` is no limit and 0 is zero."""
+    """Limits of one scope; ``None`` is no limit and 0 is zero."""
 
     critical_steps: int | None = None
     """Longest chain of steps (report, section 3.2)."""
@@ -27,10 +37,17 @@ class Budget:
     """Model turns of all agents together."""
     tokens: int | None = None
     """Generated tokens of all agents together."""
+    input_tokens: int | None = None
+    """Prompt tokens of all calls together, cached ones included. Exact where the model tells the
+    token ids of a prompt before it is sent; else each call is admitted by an estimate."""
+    cost_usd: float | None = None
+    """US dollars at the prices given to the swarm; a call is admitted at its highest cost."""
     wall_s: float | None = None
     """Seconds from start to end; what still runs then is cancelled."""
     agents: int | None = None
     """Sub-agents launched."""
+    depth: int = 1
+    """Levels of sub-agents: with 1 only the orchestrator launches any, with 2 its sub-agents do."""
     main_steps: int = 100
     """Turns of the orchestrator (the report's limit in WideSearch)."""
     sub_steps: int = 100
@@ -41,7 +58,7 @@ class Budget:
             value = getattr(self, field.name)
             if value is None:
                 continue
-            whole = field.name != "wall_s"
+            whole = field.name not in _FRACTIONS
             if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
                 raise ConfigError(
                     f"the budget's {field.name} must be a {'whole ' * whole}number, got {value!r}"
@@ -50,77 +67,213 @@ class Budget:
                 raise ConfigError(f"the budget's {field.name} must be >= 0, got {value!r}")
 
 
-@dataclass(slots=True)
-class AgentMeter:
-    """What one agent has used. ``depth`` counts from the start of the episode."""
+class Scope:
+    """What a budget's holder has used and reserved, for all agents in it together."""
 
-    max_steps: int
-    start_depth: int = 0
-    depth: int = 0
-    launch_depth: int = 0
-    """``depth`` right after the agent's last step: where the children of that step begin."""
-    steps: int = 0
+    __slots__ = (
+        "agents",
+        "budget",
+        "cost_usd",
+        "input_tokens",
+        "name",
+        "parent",
+        "reserved_input_tokens",
+        "reserved_tokens",
+        "reserved_usd",
+        "started_s",
+        "steps",
+        "tokens",
+    )
+
+    def __init__(self, budget: Budget, parent: Scope | None = None, name: str = "") -> None:
+        """``name`` says in errors whose budget it is; empty for the episode's own."""
+        self.budget = budget
+        self.parent = parent
+        self.name = name
+        self.steps = 0
+        """Steps admitted; a step is never given back, for the model was asked."""
+        self.tokens = 0
+        self.reserved_tokens = 0
+        self.input_tokens = 0
+        self.reserved_input_tokens = 0
+        self.cost_usd = 0.0
+        self.reserved_usd = 0.0
+        self.agents = 0
+        self.started_s = time.monotonic()
+
+    def chain(self) -> Iterator[Scope]:
+        """This scope and those around it, outwards."""
+        scope: Scope | None = self
+        while scope is not None:
+            yield scope
+            scope = scope.parent
+
+    @property
+    def has_cost_limit(self) -> bool:
+        """Whether this scope or one around it limits the cost."""
+        return any(scope.budget.cost_usd is not None for scope in self.chain())
+
+    def remaining_s(self) -> float | None:
+        """Seconds until the tightest wall-clock limit ends; ``None`` without one."""
+        left = [
+            scope.budget.wall_s - (time.monotonic() - scope.started_s)
+            for scope in self.chain()
+            if scope.budget.wall_s is not None
+        ]
+        return max(0.0, min(left)) if left else None
+
+    def reserve_agent(self) -> None:
+        """Admit one sub-agent in all scopes.
+
+        Raises:
+            BudgetExceeded: one of them may launch no more; nothing is counted then.
+        """
+        for scope in self.chain():
+            scope.admit("agents", scope.agents, scope.budget.agents)
+        for scope in self.chain():
+            scope.agents += 1
+
+    def preload(self, *, steps: int, usage: Usage, usd: float, agents: int, wall_s: float) -> None:
+        """Count what the record of an earlier process tells; it was admitted when it was used."""
+        self.steps += steps
+        self.tokens += usage.num_completion_tokens
+        self.input_tokens += usage.num_prompt_tokens
+        self.cost_usd += usd
+        self.agents += agents
+        self.started_s -= wall_s
+
+    def admit(self, what: str, used: float, allowed: float | None) -> None:
+        """Raise ``BudgetExceeded`` where ``used`` leaves no room below ``allowed``."""
+        if allowed is not None and used >= allowed:
+            raise BudgetExceeded(f"{self.name} {what}".strip(), used=used, allowed=allowed)
+
+    def room(self, max_tokens: int, input_tokens: int, price: Price) -> int:
+        """How many of ``max_tokens`` this scope has room for.
+
+        Raises:
+            BudgetExceeded: none, or not for the prompt.
+        """
+        limits = self.budget
+        self.admit("steps", self.steps, limits.steps)
+        if limits.tokens is not None:
+            taken = self.tokens + self.reserved_tokens
+            self.admit("tokens", taken, limits.tokens)
+            max_tokens = min(max_tokens, limits.tokens - taken)
+        if limits.input_tokens is not None:
+            taken = self.input_tokens + self.reserved_input_tokens
+            if taken + input_tokens > limits.input_tokens:
+                self.admit("input tokens", taken + input_tokens, limits.input_tokens)
+        if limits.cost_usd is not None:
+            taken_usd = self.cost_usd + self.reserved_usd + input_tokens * price.input_usd / 1e6
+            self.admit("US dollars", taken_usd, limits.cost_usd)
+            if price.output_usd > 0:
+                affordable = int((limits.cost_usd - taken_usd) * 1e6 / price.output_usd)
+                if affordable < 1:
+                    self.admit("US dollars", limits.cost_usd, limits.cost_usd)
+                max_tokens = min(max_tokens, affordable)
+        return max_tokens
+
+
+@dataclass(slots=True)
+class Reservation:
+    """Room that one model call holds until it is settled."""
+
+    max_tokens: int
+    """How many tokens the call may generate."""
+    input_tokens: int
+    usd: float
+
+
+class AgentMeter:
+    """What one agent has used. ``depth`` counts steps from the start of the episode."""
+
+    __slots__ = (
+        "depth",
+        "launch_depth",
+        "level",
+        "max_steps",
+        "parent",
+        "price",
+        "scope",
+        "start_depth",
+        "steps",
+    )
+
+    def __init__(
+        self,
+        scope: Scope,
+        max_steps: int,
+        *,
+        parent: AgentMeter | None = None,
+        price: Price = FREE,
+    ) -> None:
+        """``scope`` is the innermost one; ``parent`` the meter of the agent that launches it."""
+        self.scope = scope
+        self.max_steps = max_steps
+        self.parent = parent
+        self.price = price
+        self.level: int = 0 if parent is None else parent.level + 1
+        """0 for the orchestrator."""
+        self.start_depth: int = 0 if parent is None else parent.launch_depth
+        self.depth: int = self.start_depth
+        self.launch_depth: int = self.start_depth
+        """``depth`` right after the agent's last step: where the children of that step begin."""
+        self.steps = 0
 
     @property
     def critical_steps(self) -> int:
         """Length of the longest chain of steps inside this agent, its sub-agents included."""
         return self.depth - self.start_depth
 
-    def child(self, max_steps: int) -> AgentMeter:
-        """The meter of a sub-agent launched now."""
-        return AgentMeter(max_steps, self.launch_depth, self.launch_depth, self.launch_depth)
-
     def join(self, child: AgentMeter) -> None:
         """Take over the depth of a sub-agent that ended."""
         self.depth = max(self.depth, child.depth)
 
-
-class BudgetMeter:
-    """What an episode has used and reserved, for all agents together."""
-
-    def __init__(self, budget: Budget) -> None:
-        self.budget = budget
-        self.steps = 0
-        """Steps admitted; a step is never given back, for the model was asked."""
-        self.tokens = 0
-        self.reserved_tokens = 0
-        self.agents = 0
-
-    def reserve_step(self, agent: AgentMeter, max_tokens: int) -> int:
-        """Admit one model turn; returns how many tokens it may generate.
+    def reserve(self, max_tokens: int, input_tokens: int = 0) -> Reservation:
+        """Admit one model turn in all scopes.
 
         Raises:
             BudgetExceeded: a limit leaves no room; nothing is reserved then.
         """
-        limits = self.budget
-        _admit("steps of one agent", agent.steps, agent.max_steps)
-        _admit("critical steps", agent.depth, limits.critical_steps)
-        _admit("steps", self.steps, limits.steps)
-        if limits.tokens is not None:
-            _admit("tokens", self.tokens + self.reserved_tokens, limits.tokens)
-            max_tokens = min(max_tokens, limits.tokens - self.tokens - self.reserved_tokens)
+        if self.steps >= self.max_steps:
+            raise BudgetExceeded("steps of one agent", used=self.steps, allowed=self.max_steps)
+        self._check_critical_steps()
+        for scope in self.scope.chain():
+            max_tokens = scope.room(max_tokens, input_tokens, self.price)
+        usd = (input_tokens * self.price.input_usd + max_tokens * self.price.output_usd) / 1e6
+        for scope in self.scope.chain():
+            scope.steps += 1
+            scope.reserved_tokens += max_tokens
+            scope.reserved_input_tokens += input_tokens
+            scope.reserved_usd += usd
+        self.count_step()
+        return Reservation(max_tokens, input_tokens, usd)
+
+    def settle(self, reserved: Reservation, used: Usage) -> None:
+        """Replace the reservation of a turn by what it used: nothing, where the call failed."""
+        usd = self.price.of(used)
+        for scope in self.scope.chain():
+            scope.reserved_tokens -= reserved.max_tokens
+            scope.reserved_input_tokens -= reserved.input_tokens
+            scope.reserved_usd -= reserved.usd
+            scope.tokens += used.num_completion_tokens
+            scope.input_tokens += used.num_prompt_tokens
+            scope.cost_usd += usd
+
+    def count_step(self) -> None:
+        """Count a turn for this agent: one that was admitted, or is read from the record."""
         self.steps += 1
-        agent.steps += 1
-        agent.depth += 1
-        agent.launch_depth = agent.depth
-        self.reserved_tokens += max_tokens
-        return max_tokens
+        self.depth += 1
+        self.launch_depth = self.depth
 
-    def settle_step(self, *, reserved_tokens: int, used_tokens: int) -> None:
-        """Replace the reservation of a turn by what it used."""
-        self.reserved_tokens -= reserved_tokens
-        self.tokens += used_tokens
-
-    def reserve_agent(self) -> None:
-        """Admit one sub-agent.
-
-        Raises:
-            BudgetExceeded: no more may be launched.
-        """
-        _admit("agents", self.agents, self.budget.agents)
-        self.agents += 1
-
-
-def _admit(what: str, used: int, allowed: int | None) -> None:
-    if allowed is not None and used >= allowed:
-        raise BudgetExceeded(what, used=used, allowed=allowed)
+    def _check_critical_steps(self) -> None:
+        meter: AgentMeter | None = self
+        while meter is not None:
+            scope: Scope | None = meter.scope
+            outer = None if meter.parent is None else meter.parent.scope
+            while scope is not None and scope is not outer:
+                limit = scope.budget.critical_steps
+                if limit is not None:
+                    scope.admit("critical steps", self.depth - meter.start_depth, limit)
+                scope = scope.parent
+            meter = meter.parent

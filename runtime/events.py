@@ -9,6 +9,16 @@ from swarm_sdk.types import Message, ToolCall, ToolOutput, Usage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AgentQueued:
+    """A sub-agent waits for one of the places of ``max_parallel``."""
+
+    path: str
+    name: str
+    num_waiting: int
+    """Sub-agents that wait, this one included."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AgentStarted:
     """An agent begins; ``main`` is the orchestrator."""
 
@@ -33,6 +43,8 @@ class StepFinished:
     stage: int
     message: Message
     usage: Usage
+    is_replayed: bool = False
+    """Whether the turn was read from the record of an earlier process."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +63,18 @@ class ToolFinished:
     call: ToolCall
     output: ToolOutput
     error: str | None
+    is_replayed: bool = False
+    """Whether the result was read from the record of an earlier process."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContextReset:
+    """An agent's context was begun anew because it grew too long."""
+
+    path: str
+    stage: int
+    strategy: str
+    num_dropped_messages: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,5 +87,22 @@ class AgentFinished:
     steps: int
 
 
-Event = AgentStarted | StepStarted | StepFinished | ToolStarted | ToolFinished | AgentFinished
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EventsDropped:
+    """A consumer of ``run_stream`` was too slow: this many events are missing here."""
+
+    count: int
+
+
+Event = (
+    AgentQueued
+    | AgentStarted
+    | StepStarted
+    | StepFinished
+    | ToolStarted
+    | ToolFinished
+    | ContextReset
+    | AgentFinished
+    | EventsDropped
+)
 Emit = Callable[[Event], None]

@@ -11,15 +11,15 @@ With every node worth one step, the longest path is the number of critical steps
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import networkx as nx
 
-from swarm_sdk.errors import ConfigError
+from swarm_sdk.errors import ConfigError, LedgerError
 from swarm_sdk.runtime.critical_steps import StageSteps, critical_steps
-from swarm_sdk.traces.ledger import Ledger
+from swarm_sdk.traces.ledger import AgentRecord, Ledger
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +37,11 @@ class StageGraph:
     """The stages of one episode, grown while it runs or read from the ledger."""
 
     def __init__(self) -> None:
-        self.graph: nx.DiGraph[Node] = nx.DiGraph()
-        self.parents: dict[str, Node] = {}
-        """Which turn launched each sub-agent."""
+        self.parents: dict[str, Node | None] = {}
+        """Which turn launched each agent; ``None`` for the orchestrator."""
         self.lengths: dict[str, int] = {}
         """How many turns each agent has had."""
+        self._launched: dict[Node, list[str]] = {}
 
     def add_agent(self, path: str, parent: Node | None = None) -> None:
         """Add an agent, launched by the turn ``parent`` (``None`` for the orchestrator).
@@ -52,9 +52,10 @@ class StageGraph:
         if path in self.lengths:
             raise ConfigError(f"the stage graph holds an agent '{path}' already")
         if parent is not None:
-            if parent not in self.graph:
+            if not 0 <= parent.stage < self.lengths.get(parent.path, 0):
                 raise ConfigError(f"the stage graph has no stage '{parent}' to launch '{path}'")
-            self.parents[path] = parent
+            self._launched.setdefault(parent, []).append(path)
+        self.parents[path] = parent
         self.lengths[path] = 0
 
     def add_stage(self, path: str) -> Node:
@@ -67,16 +68,24 @@ class StageGraph:
             raise ConfigError(f"the stage graph has no agent '{path}'")
         node = Node(path, self.lengths[path])
         self.lengths[path] += 1
-        self.graph.add_node(node)
-        if node.stage == 0:
-            if path in self.parents:
-                self.graph.add_edge(self.parents[path], node)
-            return node
-        previous = Node(path, node.stage - 1)
-        self.graph.add_edge(previous, node)
-        for child in self.children(previous):
-            self.graph.add_edges_from((end, node) for end in self._ends(child))
         return node
+
+    @property
+    def graph(self) -> nx.DiGraph[Node]:
+        """The stages as a new networkx graph."""
+        graph: nx.DiGraph[Node] = nx.DiGraph()
+        for path, length in self.lengths.items():
+            for stage in range(length):
+                node = Node(path, stage)
+                graph.add_node(node)
+                if stage:
+                    previous = Node(path, stage - 1)
+                    graph.add_edge(previous, node)
+                    for child in self.children(previous):
+                        graph.add_edges_from((end, node) for end in self._ends(child))
+                elif (parent := self.parents[path]) is not None:
+                    graph.add_edge(parent, node)
+        return graph
 
     def _ends(self, path: str) -> Iterator[Node]:
         """The turns with which an agent ended: its last, and those of children it never joined."""
@@ -86,9 +95,9 @@ class StageGraph:
             for child in self.children(last):
                 yield from self._ends(child)
 
-    def children(self, node: Node) -> Iterator[str]:
+    def children(self, node: Node) -> Sequence[str]:
         """Paths of the sub-agents that a turn launched, in order."""
-        return (path for path, parent in self.parents.items() if parent == node)
+        return self._launched.get(node, ())
 
     def critical_steps(self, path: str = "main") -> int:
         """Critical steps of an agent and all below it, by the report's formula."""
@@ -105,20 +114,16 @@ class StageGraph:
     @property
     def total_steps(self) -> int:
         """Turns of all agents."""
-        return len(self.graph)
+        return sum(self.lengths.values())
 
     def critical_path(self) -> list[Node]:
         """The longest chain of turns; its length is ``critical_steps()``."""
-        if not self.graph:
-            return []
-        edges: nx.DiGraph[Node] = nx.DiGraph()
-        edges.add_edges_from(self.graph.edges, weight=1)
-        edges.add_nodes_from(self.graph.nodes)
-        return list(nx.dag_longest_path(edges))
+        return list(nx.dag_longest_path(self.graph, default_weight=1))
 
     def to_json(self) -> dict[str, Any]:
         """Nodes, edges and the critical path, by name."""
-        critical = set(self.critical_path())
+        graph = self.graph
+        critical = set(nx.dag_longest_path(graph, default_weight=1))
         return {
             "nodes": [
                 {
@@ -127,9 +132,9 @@ class StageGraph:
                     "stage": node.stage,
                     "critical": node in critical,
                 }
-                for node in self.graph
+                for node in graph
             ],
-            "edges": [[str(before), str(after)] for before, after in self.graph.edges],
+            "edges": [[str(before), str(after)] for before, after in graph.edges],
             "critical_steps": self.critical_steps(),
             "total_steps": self.total_steps,
         }
@@ -138,17 +143,19 @@ class StageGraph:
 def read_stage_graph(ledger: Ledger, episode_id: str) -> StageGraph:
     """The graph of a recorded episode: equal to the one that grew while it ran."""
     graph = StageGraph()
-    waiting = {
-        agent.path: None
-        if agent.parent_path is None
-        else Node(agent.parent_path, agent.parent_stage or 0)
-        for agent in ledger.agents(episode_id)
-    }
+    agents = {agent.path: agent for agent in ledger.agents(episode_id)}
     for step in ledger.steps(episode_id):
         if step.kind != "sample":
             continue
         path = step.agent_path
-        if path in waiting:
-            graph.add_agent(path, waiting.pop(path))
+        if path not in graph.lengths:
+            if path not in agents:
+                raise LedgerError(f"episode {episode_id} has steps of '{path}', which never began")
+            graph.add_agent(path, parent_of(agents[path]))
         graph.add_stage(path)
     return graph
+
+
+def parent_of(agent: AgentRecord) -> Node | None:
+    """The turn that launched a recorded agent."""
+    return None if agent.parent_path is None else Node(agent.parent_path, agent.parent_stage or 0)

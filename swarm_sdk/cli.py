@@ -1,4 +1,4 @@
-"""The command line: ``swarm run | demo | trace | doctor``.
+"""The command line: ``swarm run | resume | demo | trace | doctor``.
 
 With ``--json`` a command prints one object on stdout and everything else on stderr. Exit codes:
 0 done, 1 the episode did not end well, 2 the user's mistake, said in one sentence.
@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -21,6 +21,10 @@ from rich.markdown import Markdown
 from rich.table import Table
 
 from swarm_sdk.errors import ConfigError, LedgerError, SwarmError
+
+if TYPE_CHECKING:
+    from swarm_sdk.runtime.episode import Result
+    from swarm_sdk.swarm import Swarm
 
 app = typer.Typer(
     help="Run, record and read agent swarms.",
@@ -74,6 +78,7 @@ def run(
     ] = None,
     critical_steps: Annotated[int | None, typer.Option(help="Limit of critical steps.")] = None,
     steps: Annotated[int | None, typer.Option(help="Limit of steps of all agents.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Limit of generated tokens.")] = None,
     wall_s: Annotated[float | None, typer.Option(help="Limit of seconds.")] = None,
     agents: Annotated[int | None, typer.Option(help="Limit of sub-agents.")] = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
@@ -88,31 +93,98 @@ def run(
 
       swarm run "What does the contract say about notice?" --docs ./contracts
     """
-    from swarm_sdk.desk import desk_tools
     from swarm_sdk.progress import Progress
-    from swarm_sdk.runtime.budget import Budget
-    from swarm_sdk.runtime.episode import Result, result_to_json
-    from swarm_sdk.swarm import Swarm
 
-    async def answer() -> Result:
-        async with desk_tools(docs) as tools:
-            budget = Budget(
-                critical_steps=critical_steps, steps=steps, wall_s=wall_s, agents=agents
-            )
-            swarm = Swarm(model, tools=tools, budget=budget, seed=seed, runs=runs, api_key=api_key)
-            async with swarm:
-                with Progress(task) as progress:
-                    return await swarm.run(task, files=file or (), on_event=progress)
+    limits = {
+        "critical_steps": critical_steps,
+        "steps": steps,
+        "tokens": tokens,
+        "wall_s": wall_s,
+        "agents": agents,
+    }
+    launch = {"model": model, "docs": docs and str(docs.resolve()), "budget": limits, "seed": seed}
+
+    async def answer() -> Result[None]:
+        async with _launched(launch, runs, api_key) as swarm:
+            with Progress(task) as progress:
+                return await swarm.run(task, files=file or (), on_event=progress, launch=launch)
 
     with _said_in_one_sentence():
-        result = _run_async(answer)
-        if as_json:
-            _print_json(result_to_json(result))
-        else:
-            _print_result(result)
-        if result.status != "done":
-            typer.echo(f"swarm: the episode ended {result.status}: {result.error}", err=True)
-            raise typer.Exit(1)
+        _tell(_run_async(answer), as_json=as_json)
+
+
+@app.command()
+def resume(
+    episode: Annotated[str, typer.Argument(help="The episode's id, or the start of it.")],
+    api_key: Annotated[
+        str | None, typer.Option(envvar="SWARM_API_KEY", help="For servers that ask for one.")
+    ] = None,
+    runs: Runs = DEFAULT_RUNS,
+    as_json: Json = False,
+) -> None:
+    """Go on with an episode of `swarm run` that was killed or interrupted.
+
+    It starts from the last commit: no step on record is asked for again, and no tool call with a
+    result on record runs again.
+
+      swarm trace list
+
+      swarm resume 20261124-1714
+    """
+    from swarm_sdk.progress import Progress
+    from swarm_sdk.traces.ledger import Ledger
+
+    async def answer() -> Result[None]:
+        ledger = Ledger(runs, readonly=True)
+        record = ledger.episode(episode)
+        ledger.close()
+        launch = record.settings.get("launch")
+        if not launch:
+            raise ConfigError(
+                f"episode {record.id} was not started by `swarm run`; resume it with "
+                "Swarm.resume in the program that did"
+            )
+        async with _launched(launch, runs, api_key) as swarm:
+            with Progress(record.task["prompt"]) as progress:
+                return await swarm.resume(record.id, on_event=progress)
+
+    with _said_in_one_sentence():
+        _tell(_run_async(answer), as_json=as_json)
+
+
+@asynccontextmanager
+async def _launched(
+    launch: Mapping[str, Any], runs: Path, api_key: str | None
+) -> AsyncIterator[Swarm]:
+    """The swarm of ``swarm run``, as its record describes it."""
+    from swarm_sdk.desk import desk_tools
+    from swarm_sdk.runtime.budget import Budget
+    from swarm_sdk.swarm import Swarm
+
+    async with desk_tools(Path(launch["docs"]) if launch["docs"] else None) as tools:
+        swarm = Swarm(
+            launch["model"],
+            tools=tools,
+            budget=Budget(**launch["budget"]),
+            seed=launch["seed"],
+            runs=runs,
+            api_key=api_key,
+        )
+        async with swarm:
+            yield swarm
+
+
+def _tell(result: Result[Any], *, as_json: bool) -> None:
+    """Print a result; exit code 1 where the episode did not end well."""
+    from swarm_sdk.runtime.episode import result_to_json
+
+    if as_json:
+        _print_json(result_to_json(result))
+    else:
+        _print_result(result)
+    if result.status != "done":
+        typer.echo(f"swarm: the episode ended {result.status}: {result.error}", err=True)
+        raise typer.Exit(1)
 
 
 def _run_async(answer: Any) -> Any:

@@ -9,13 +9,14 @@ openai:http://host/v1#model   any OpenAI-compatible server
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from swarm_sdk.errors import ConfigError
 from swarm_sdk.runtime.budget import Budget
-from swarm_sdk.types import Image, Model, Sampling, Task, Tool
+from swarm_sdk.types import Image, Model, Price, Sampling, Task, Tool
 
 NANO_CONTEXT_TOKENS = 8_192
 MODEL_FORMS = "'nano', 'path:DIRECTORY', 'sglang:http://host:port' or 'openai:http://host/v1#model'"
@@ -30,12 +31,16 @@ class Role:
     """Its system prompt."""
     description: str = ""
     """One line for the orchestrator: when to use it."""
-    tools: Sequence[Tool] | None = None
+    tools: Sequence[Tool | Callable[..., Any]] | None = None
     """``None`` gives it the swarm's tools."""
     model: Model | str | None = None
     """``None`` gives it the swarm's model."""
     budget: Budget | None = None
-    """``steps`` limits its turns in one assignment; ``None`` gives it the swarm's ``sub_steps``."""
+    """Limits of one assignment, with all that it launches; inside the episode's own budget."""
+    output_type: type[Any] | None = None
+    """What its report must be, as JSON; it gets turns to mend one that does not fit."""
+    price: Price | None = None
+    """``None`` takes the swarm's."""
 
     def __post_init__(self) -> None:
         if not self.name.strip() or "/" in self.name or "#" in self.name:

@@ -6,8 +6,10 @@ SwarmError
 │   └── ContextOverflow    the prompt does not fit            .num_prompt_tokens, .limit_tokens
 ├── ToolError              a tool failed; its text goes back to the model
 │   └── SandboxDied        the sandbox is gone; a new one starts with the next call
-├── BudgetExceeded         a limit of the budget is reached   .limit, .used
-└── LedgerError            the record cannot be read or written
+├── BudgetExceeded         a limit of the budget is reached   .limit, .used, .allowed
+├── LedgerError            the record cannot be read or written
+│   └── EpisodeBusy        another process runs the episode   .episode_id
+└── SubagentError          a sub-agent ended without a report (fail_fast)   .agent_path
 """
 
 from __future__ import annotations
@@ -65,3 +67,21 @@ class BudgetExceeded(SwarmError):
 
 class LedgerError(SwarmError):
     """Raised if the record of a run cannot be read or written."""
+
+
+class EpisodeBusy(LedgerError):
+    """Raised if an episode is to be resumed that a living process still runs."""
+
+    def __init__(self, episode_id: str) -> None:
+        super().__init__(
+            f"episode {episode_id} is being run by another process or task; wait for it or end it"
+        )
+        self.episode_id = episode_id
+
+
+class SubagentError(SwarmError):
+    """Raised with ``fail_fast`` if a sub-agent ended without a final message."""
+
+    def __init__(self, agent_path: str, message: str) -> None:
+        super().__init__(message)
+        self.agent_path = agent_path

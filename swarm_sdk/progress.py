@@ -13,15 +13,23 @@ from rich.text import Text
 
 from swarm_sdk.runtime.events import (
     AgentFinished,
+    AgentQueued,
     AgentStarted,
     Event,
+    EventsDropped,
     StepFinished,
     StepStarted,
     ToolStarted,
 )
 
 MAX_ROWS = 16
-STATUS_STYLES = {"done": "green", "failed": "red", "out_of_budget": "yellow", "cancelled": "yellow"}
+STATUS_STYLES = {
+    "done": "green",
+    "failed": "red",
+    "out_of_budget": "yellow",
+    "overflow": "red",
+    "cancelled": "yellow",
+}
 
 
 @dataclass(slots=True)
@@ -70,6 +78,11 @@ class Progress:
         if isinstance(event, AgentStarted):
             self.rows[event.path] = _Row(event.prompt)
             self._line(f"{event.path} starts: {_short(event.prompt, 60)}")
+            return
+        if isinstance(event, EventsDropped):
+            return
+        if isinstance(event, AgentQueued):
+            self._line(f"{event.path} waits for a place, {event.num_waiting} in the queue")
             return
         row = self.rows[event.path]
         if isinstance(event, StepStarted):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar, overload
 
 import anyio
 from opentelemetry import trace
+from pydantic import PydanticSchemaGenerationError, PydanticUserError, TypeAdapter
 
 from swarm_sdk import prompts
 from swarm_sdk.config import (
@@ -18,17 +21,33 @@ from swarm_sdk.config import (
     open_model,
 )
 from swarm_sdk.errors import ConfigError
-from swarm_sdk.runtime.budget import Budget
-from swarm_sdk.runtime.episode import EpisodeSettings, Result, check_names, run_episode
-from swarm_sdk.runtime.events import Event
+from swarm_sdk.runtime.budget import FREE, Budget, Scope
+from swarm_sdk.runtime.episode import (
+    EpisodeSettings,
+    Result,
+    check_names,
+    resume_episode,
+    run_episode,
+)
+from swarm_sdk.runtime.events import Event, EventsDropped
 from swarm_sdk.runtime.spawn import SubagentConfig
+from swarm_sdk.runtime.state import Gate, Limits
 from swarm_sdk.tools.function import FunctionTool
 from swarm_sdk.traces.ledger import Ledger
 from swarm_sdk.traces.schema import TRACER_NAME
-from swarm_sdk.types import Image, Model, Sampling, Task, Tool
+from swarm_sdk.types import Image, Model, Price, Sampling, Task, Tool
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from opentelemetry.trace import TracerProvider
+
+    from swarm_sdk.runtime.context import ContextStrategy
+    from swarm_sdk.runtime.hooks import Hooks
+
+ParsedT = TypeVar("ParsedT")
+MAX_WAITING_EVENTS = 65_536
+"""Events that a consumer of ``run_stream`` may be behind; the oldest are dropped then."""
 
 
 class Swarm:
@@ -41,10 +60,18 @@ class Swarm:
         roles: sub-agents declared by the app, next to those that the model creates.
         instructions: the orchestrator's system prompt.
         budget: limits of each episode.
+        total_budget: limits of all episodes of this swarm together; ``wall_s`` counts from now.
+        price: of the model's tokens, for ``cost_usd``; roles may have their own.
+        limits: bounds of single agents and calls: tool seconds, characters that a model sees.
         sampling: how turns are drawn; the default depends on the model.
         max_parallel: sub-agents alive at one time in an episode; more wait their turn.
         can_spawn: whether the orchestrator may create sub-agents and assign tasks.
+        fail_fast: end an episode with its first sub-agent that ends without a report; by default
+            the orchestrator reads why, and the siblings go on.
+        hooks: code around model calls, tool calls, spawns and joins; the first is the outermost.
+        context: what to do when a context grows too long; an overflow ends the agent without it.
         runs: the run directory, where the ledger lies.
+        durable: commits survive a power failure; slower, for each waits for the disk.
         seed: makes every turn's randomness repeatable.
         api_key: for servers that ask for one.
         tracer_provider: where spans go; the global OpenTelemetry provider unless given.
@@ -61,10 +88,17 @@ class Swarm:
         roles: Sequence[Role] = (),
         instructions: str = prompts.MAIN,
         budget: Budget | None = None,
+        total_budget: Budget | None = None,
+        price: Price | None = None,
+        limits: Limits | None = None,
         sampling: Sampling | None = None,
         max_parallel: int = 100,
         can_spawn: bool = True,
+        fail_fast: bool = False,
+        hooks: Sequence[Hooks] = (),
+        context: ContextStrategy | None = None,
         runs: Path | str = ".swarm",
+        durable: bool = False,
         seed: int | None = None,
         api_key: str | None = None,
         tracer_provider: TracerProvider | None = None,
@@ -81,15 +115,26 @@ class Swarm:
         self._model = model
         self._tools = _as_tools(tools)
         self._roles = tuple(roles)
+        self._role_tools = [
+            self._tools if role.tools is None else _as_tools(role.tools) for role in roles
+        ]
+        self._role_outputs = [_adapter(role.output_type) for role in roles]
         self._instructions = _with_roles(instructions, roles)
         self._budget = budget or Budget()
+        self._total = Scope(total_budget, name="swarm's") if total_budget is not None else None
+        self._price = price
+        self._check_prices(total_budget)
+        self._limits = replace(limits or Limits(), max_parallel=max_parallel)
         self._sampling = sampling or default_sampling(model)
-        self._max_parallel = max_parallel
         self._can_spawn = can_spawn
+        self._fail_fast = fail_fast
+        self._hooks = tuple(hooks)
+        self._context = context
         self._runs = Path(runs)
+        self._durable = durable
         self._seed = seed
         self._api_key = api_key
-        self._tracer = trace.get_tracer(TRACER_NAME, tracer_provider=tracer_provider)
+        self.tracer = trace.get_tracer(TRACER_NAME, tracer_provider=tracer_provider)
         self._opened: dict[str, Model] = {}
         self._ledger: Ledger | None = None
 
@@ -102,67 +147,174 @@ class Swarm:
         """Close what the swarm opened."""
         await self.aclose()
 
+    @overload
+    async def run(
+        self,
+        task: str | Task,
+        *,
+        files: Sequence[Image | Path | str] = ...,
+        output_type: None = ...,
+        deps: Any = ...,
+        on_event: Callable[[Event], None] | None = ...,
+        launch: Mapping[str, Any] | None = ...,
+    ) -> Result[None]: ...
+
+    @overload
+    async def run(
+        self,
+        task: str | Task,
+        *,
+        files: Sequence[Image | Path | str] = ...,
+        output_type: type[ParsedT],
+        deps: Any = ...,
+        on_event: Callable[[Event], None] | None = ...,
+        launch: Mapping[str, Any] | None = ...,
+    ) -> Result[ParsedT]: ...
+
     async def run(
         self,
         task: str | Task,
         *,
         files: Sequence[Image | Path | str] = (),
+        output_type: type[Any] | None = None,
+        deps: Any = None,
         on_event: Callable[[Event], None] | None = None,
-    ) -> Result:
+        launch: Mapping[str, Any] | None = None,
+    ) -> Result[Any]:
         """Run one task to its end.
 
         Args:
             task: what to do.
             files: pictures (paths or ``Image``) that tools find under their names.
+            output_type: what the final message must be, as JSON: a pydantic model or any type
+                that pydantic knows. ``Result.parsed`` holds it.
+            deps: what tools and hooks get with each call (``RunContext.deps``).
             on_event: called with every event of the whole tree, in order.
+            launch: JSON that is kept with the record, for who resumes it.
 
         Raises:
             ConfigError: the task or a file is wrong, or the model cannot be opened.
             LedgerError: the record cannot be written.
         """
         made = make_task(task, files)
-        settings = self._settings()
-        if self._ledger is None:
-            self._ledger = Ledger(self._runs)
-        return await run_episode(
-            made, settings, self._ledger, self._tracer, on_event or (lambda _: None)
-        )
+        settings = self.settings(output_type=output_type, deps=deps, launch=launch)
+        return await run_episode(made, settings, self.open_ledger(), self.tracer, on_event)
+
+    @overload
+    def run_sync(
+        self,
+        task: str | Task,
+        *,
+        files: Sequence[Image | Path | str] = ...,
+        output_type: None = ...,
+        deps: Any = ...,
+        on_event: Callable[[Event], None] | None = ...,
+    ) -> Result[None]: ...
+
+    @overload
+    def run_sync(
+        self,
+        task: str | Task,
+        *,
+        files: Sequence[Image | Path | str] = ...,
+        output_type: type[ParsedT],
+        deps: Any = ...,
+        on_event: Callable[[Event], None] | None = ...,
+    ) -> Result[ParsedT]: ...
 
     def run_sync(
         self,
         task: str | Task,
         *,
         files: Sequence[Image | Path | str] = (),
+        output_type: type[Any] | None = None,
+        deps: Any = None,
         on_event: Callable[[Event], None] | None = None,
-    ) -> Result:
+    ) -> Result[Any]:
         """As ``run``, for scripts: runs an event loop of its own and closes the swarm after it."""
 
-        async def run_and_close() -> Result:
+        async def run_and_close() -> Result[Any]:
             try:
-                return await self.run(task, files=files, on_event=on_event)
+                return await self.run(
+                    task, files=files, output_type=output_type, deps=deps, on_event=on_event
+                )
             finally:
                 await self.aclose()
 
         return anyio.run(run_and_close)
 
     async def run_stream(
-        self, task: str | Task, *, files: Sequence[Image | Path | str] = ()
-    ) -> AsyncIterator[Event | Result]:
+        self,
+        task: str | Task,
+        *,
+        files: Sequence[Image | Path | str] = (),
+        output_type: type[Any] | None = None,
+        deps: Any = None,
+    ) -> AsyncIterator[Event | Result[Any]]:
         """As ``run``, but yields the events of the whole tree and then the result.
 
-        Leaving the iterator early (``aclosing`` makes that prompt) cancels the episode.
+        A consumer that is slow never slows the episode down: when it is ``MAX_WAITING_EVENTS``
+        behind, the oldest events are dropped and ``EventsDropped`` tells how many. Leaving the
+        iterator early (``aclosing`` makes that prompt) cancels the episode.
         """
-        send, receive = anyio.create_memory_object_stream[Event | Result](float("inf"))
+        waiting: deque[Event | Result[Any]] = deque()
+        has_news = anyio.Event()
+        num_dropped = 0
+        is_over = False
+
+        def put(event: Event | Result[Any]) -> None:
+            nonlocal num_dropped
+            if len(waiting) >= MAX_WAITING_EVENTS:
+                waiting.popleft()
+                num_dropped += 1
+            waiting.append(event)
+            has_news.set()
 
         async def produce() -> None:
-            with send:
-                send.send_nowait(await self.run(task, files=files, on_event=send.send_nowait))
+            nonlocal is_over
+            try:
+                put(
+                    await self.run(
+                        task, files=files, output_type=output_type, deps=deps, on_event=put
+                    )
+                )
+            finally:
+                is_over = True
+                has_news.set()
 
         async with anyio.create_task_group() as group:
             group.start_soon(produce, name="run_stream")
-            with receive:
-                async for event in receive:
-                    yield event
+            while waiting or not is_over:
+                if num_dropped:
+                    count, num_dropped = num_dropped, 0
+                    yield EventsDropped(count=count)
+                if waiting:
+                    yield waiting.popleft()
+                else:
+                    has_news = anyio.Event()
+                    await has_news.wait()
+
+    async def resume(
+        self,
+        episode_id: str,
+        *,
+        output_type: type[Any] | None = None,
+        deps: Any = None,
+        on_event: Callable[[Event], None] | None = None,
+    ) -> Result[Any]:
+        """Go on with an episode of ``runs`` that was killed or cancelled, from its last commit.
+
+        The swarm must be made as for the first run. No turn on record is asked for again, and no
+        tool call with a result on record runs again; a call that may have been running is made
+        again with ``RunContext.is_retry``.
+
+        Raises:
+            ConfigError: the episode has ended, or the swarm is not that of its first run.
+            EpisodeBusy: another process runs it.
+            LedgerError: there is no such episode, or the record cannot be read or written.
+        """
+        settings = self.settings(output_type=output_type, deps=deps)
+        return await resume_episode(episode_id, settings, self.open_ledger(), self.tracer, on_event)
 
     async def aclose(self) -> None:
         """Close the ledger and the models that the swarm opened; ``run`` opens them again."""
@@ -173,6 +325,67 @@ class Swarm:
             self._ledger.close()
             self._ledger = None
 
+    def open_ledger(self) -> Ledger:
+        """The ledger of ``runs``, opened with the first use.
+
+        Raises:
+            LedgerError: it cannot be opened.
+        """
+        if self._ledger is None:
+            self._ledger = Ledger(self._runs, durable=self._durable)
+        return self._ledger
+
+    def settings(
+        self,
+        *,
+        output_type: type[Any] | None = None,
+        deps: Any = None,
+        gate: Gate | None = None,
+        launch: Mapping[str, Any] | None = None,
+    ) -> EpisodeSettings:
+        """What the runtime needs to run episodes of this swarm; opens the models.
+
+        Raises:
+            ConfigError: a model cannot be opened, or ``output_type`` has no JSON schema.
+        """
+        model = self._resolve(self._model)
+        price = self._price or FREE
+        return EpisodeSettings(
+            model=model,
+            instructions=self._instructions,
+            tools=self._tools,
+            declared={
+                role.name: SubagentConfig(
+                    name=role.name,
+                    instructions=role.instructions,
+                    model=self._resolve(role.model) if role.model is not None else model,
+                    tools=tools,
+                    sampling=self._sampling,
+                    max_steps=self._budget.sub_steps,
+                    price=role.price or price,
+                    budget=role.budget,
+                    output=output,
+                )
+                for role, tools, output in zip(
+                    self._roles, self._role_tools, self._role_outputs, strict=True
+                )
+            },
+            sampling=self._sampling,
+            budget=self._budget,
+            outer=self._total,
+            limits=self._limits,
+            price=price,
+            can_spawn=self._can_spawn,
+            seed=self._seed,
+            hooks=self._hooks,
+            context=self._context,
+            fail_fast=self._fail_fast,
+            output=_adapter(output_type),
+            deps=deps,
+            gate=gate or Gate(),
+            launch=launch or {},
+        )
+
     def _resolve(self, model: str | Model) -> Model:
         if not isinstance(model, str):
             return model
@@ -180,35 +393,12 @@ class Swarm:
             self._opened[model] = open_model(model, api_key=self._api_key)
         return self._opened[model]
 
-    def _settings(self) -> EpisodeSettings:
-        model = self._resolve(self._model)
-        declared = {
-            role.name: SubagentConfig(
-                name=role.name,
-                instructions=role.instructions,
-                model=self._resolve(role.model) if role.model is not None else model,
-                tools=self._tools if role.tools is None else _as_tools(role.tools),
-                sampling=self._sampling,
-                max_steps=self._role_steps(role),
+    def _check_prices(self, total_budget: Budget | None) -> None:
+        budgets = [self._budget, total_budget, *(role.budget for role in self._roles)]
+        if self._price is None and any(b is not None and b.cost_usd is not None for b in budgets):
+            raise ConfigError(
+                "a budget limits cost_usd, but no price is given; pass price=Price(…)"
             )
-            for role in self._roles
-        }
-        return EpisodeSettings(
-            model=model,
-            instructions=self._instructions,
-            tools=self._tools,
-            declared=declared,
-            sampling=self._sampling,
-            budget=self._budget,
-            max_parallel=self._max_parallel,
-            can_spawn=self._can_spawn,
-            seed=self._seed,
-        )
-
-    def _role_steps(self, role: Role) -> int:
-        if role.budget is None or role.budget.steps is None:
-            return self._budget.sub_steps
-        return role.budget.steps
 
 
 def _as_tools(tools: Sequence[Tool | Callable[..., Any]]) -> dict[str, Tool]:
@@ -217,6 +407,19 @@ def _as_tools(tools: Sequence[Tool | Callable[..., Any]]) -> dict[str, Tool]:
 
 def _is_tool(tool: Tool | Callable[..., Any]) -> TypeGuard[Tool]:
     return hasattr(tool, "spec")
+
+
+def _adapter(output_type: type[Any] | None) -> TypeAdapter[Any] | None:
+    if output_type is None:
+        return None
+    try:
+        adapter = TypeAdapter(output_type)
+        adapter.json_schema()
+    except (PydanticSchemaGenerationError, PydanticUserError) as error:
+        raise ConfigError(
+            f"a model cannot answer with a {output_type!r}: {error.message}; use a pydantic model"
+        ) from error
+    return adapter
 
 
 def _with_roles(instructions: str, roles: Sequence[Role]) -> str:

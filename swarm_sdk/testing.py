@@ -9,13 +9,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import json
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
-
-import anyio.lowlevel
 
 from swarm_sdk.errors import ConfigError
 from swarm_sdk.tools.sandbox.protocol import CellResult
@@ -64,7 +63,7 @@ class ByteFormat:
 
     def render_turn(self, message: Message) -> list[int]:
         """Content and calls."""
-        made = [f"{c.id}({json.dumps(dict(c.arguments))})" for c in message.tool_calls]
+        made = [f"{c.id}({c.raw_arguments})" for c in message.tool_calls]
         return [*"\n".join([message.content, *made]).encode(), 256]
 
 
@@ -115,6 +114,11 @@ class ScriptedDialogue:
         self._num_ids = 0
         self._num_calls = 0
 
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Ids that the next call sees."""
+        return self._num_ids + len(self._model.chat_format.generation_prompt())
+
     def observe(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """Append what the agent sees."""
         fmt = self._model.chat_format
@@ -133,28 +137,40 @@ class ScriptedDialogue:
         if inspect.isawaitable(said):
             said = await said
         else:
-            await anyio.lowlevel.checkpoint()
+            await asyncio.sleep(0)
         message = Message("assistant", said) if isinstance(said, str) else said
-        message = replace(message, tool_calls=self._numbered(message.tool_calls))
+        if message.tool_calls:
+            message = replace(message, tool_calls=self._numbered(message.tool_calls))
         prompt_ids = tuple(self._model.chat_format.generation_prompt())
-        token_ids = tuple(self._model.chat_format.render_turn(message))
+        token_ids = tuple(self._model.chat_format.render_turn(message)[: sampling.max_tokens + 1])
+        is_cut = len(token_ids) > sampling.max_tokens
+        if is_cut:
+            token_ids = token_ids[: sampling.max_tokens]
         generation = Generation(
-            token_ids=token_ids[: sampling.max_tokens],
-            logprobs=(0.0,) * min(len(token_ids), sampling.max_tokens),
-            finish_reason="stop" if len(token_ids) <= sampling.max_tokens else "length",
+            token_ids=token_ids,
+            logprobs=(0.0,) * len(token_ids),
+            finish_reason="length" if is_cut else "stop",
             num_prompt_tokens=self._num_ids + len(prompt_ids),
-            num_completion_tokens=min(len(token_ids), sampling.max_tokens),
+            num_completion_tokens=len(token_ids),
         )
         self._messages.append(message)
         self._num_ids += len(prompt_ids) + len(generation.token_ids)
         return Turn(message, generation, prompt_ids)
 
+    def replay(self, turn: Turn) -> None:
+        """Append a turn that was said before; the policy is not asked."""
+        self._messages.append(turn.message)
+        self._num_calls += len(turn.message.tool_calls)
+        self._num_ids += len(turn.prompt_ids) + len(turn.generation.token_ids)
+
     def _numbered(self, made: Sequence[ToolCall]) -> tuple[ToolCall, ...]:
         numbered = tuple(
-            replace(
-                one,
-                id=f"functions.{one.name}:{self._num_calls + index}",
-                raw_arguments=one.raw_arguments or json.dumps(dict(one.arguments)),
+            ToolCall(
+                f"functions.{one.name}:{self._num_calls + index}",
+                one.name,
+                one.arguments,
+                one.raw_arguments or json.dumps(dict(one.arguments)),
+                one.error,
             )
             for index, one in enumerate(made)
         )

@@ -8,7 +8,7 @@ from rich.console import Console, Group, RenderableType
 from rich.text import Text
 from rich.tree import Tree
 
-from swarm_sdk.runtime.stage_graph import Node, StageGraph, read_stage_graph
+from swarm_sdk.runtime.stage_graph import Node, StageGraph, parent_of, read_stage_graph
 from swarm_sdk.traces.ledger import EpisodeRecord, Ledger, StepRecord
 
 
@@ -28,8 +28,7 @@ def episode_to_json(ledger: Ledger, episode: EpisodeRecord) -> dict[str, Any]:
                 "path": agent.path,
                 "name": agent.name,
                 "status": agent.status or "unfinished",
-                "launched_by": agent.parent_path
-                and str(Node(agent.parent_path, agent.parent_stage or 0)),
+                "launched_by": None if (node := parent_of(agent)) is None else str(node),
                 "steps": graph.lengths.get(agent.path, 0),
                 "wall_s": None
                 if agent.ended_ns is None
@@ -48,8 +47,8 @@ def _step_to_json(step: StepRecord) -> dict[str, Any]:
         "agent": step.agent_path,
         "stage": step.stage,
         "kind": step.kind,
-        "num_context_ids": len(step.prompt_ids) + len(step.token_ids) * (step.kind == "observe"),
-        "num_sampled_ids": len(step.token_ids) * (step.kind == "sample"),
+        "num_context_ids": len(step.prompt_ids),
+        "num_sampled_ids": len(step.token_ids),
         "wall_s": _wall_s(step.started_ns, step.ended_ns),
         **step.body,
     }

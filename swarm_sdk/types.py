@@ -3,6 +3,7 @@
     Model.dialogue(tools) ──> Dialogue          one agent's conversation with one model
         Dialogue.observe(messages) -> ids       what the agent sees: prompts, tool results
         Dialogue.sample(sampling)  -> Turn      what the model says: message + Generation
+        Dialogue.replay(turn)                   what it said before a crash: appended, not asked
     Engine.generate(ids, ...)  ──> Generation   token ids in, token ids and log-probabilities out
     Tool(arguments, context)   ──> ToolOutput   one action of an agent
 
@@ -16,11 +17,14 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol
+
+from typing_extensions import TypeVar
 
 Role_ = Literal["system", "user", "assistant", "tool"]
 FinishReason = Literal["stop", "length", "abort"]
 ResourceT = TypeVar("ResourceT")
+DepsT = TypeVar("DepsT", default=Any)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +152,26 @@ class Usage:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Price:
+    """What a model's tokens cost, in US dollars a million."""
+
+    input_usd: float = 0.0
+    cached_usd: float | None = None
+    """Prompt tokens that were cached; ``None`` costs as much as others."""
+    output_usd: float = 0.0
+
+    def of(self, usage: Usage) -> float:
+        """Cost of ``usage`` in US dollars."""
+        cached_usd = self.input_usd if self.cached_usd is None else self.cached_usd
+        fresh = usage.num_prompt_tokens - usage.num_cached_tokens
+        return (
+            fresh * self.input_usd
+            + usage.num_cached_tokens * cached_usd
+            + usage.num_completion_tokens * self.output_usd
+        ) / 1e6
+
+
 class Engine(Protocol):
     """Token ids in, token ids out. Knows nothing of text, messages or tools."""
 
@@ -172,6 +196,11 @@ class Engine(Protocol):
 class Dialogue(Protocol):
     """One agent's conversation: only ever appended to."""
 
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens that the next call sends; where the server does not tell ids, an estimate."""
+        ...
+
     def observe(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """Append what the agent sees; returns the token ids added (empty for chat-only servers)."""
         ...
@@ -185,6 +214,10 @@ class Dialogue(Protocol):
         Raises:
             ModelError, ContextOverflow: as ``Engine.generate``.
         """
+        ...
+
+    def replay(self, turn: Turn) -> None:
+        """Append a turn that was sampled before, as ``sample`` appended it then."""
         ...
 
 
@@ -228,17 +261,29 @@ class Resources(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ToolContext:
-    """Who calls, and with what at hand."""
+@dataclass(slots=True, kw_only=True)
+class RunContext(Generic[DepsT]):
+    """Who calls a tool, and with what at hand.
+
+    A tool function whose first parameter is a ``RunContext`` gets it; the model does not see it.
+    """
 
     episode_id: str
     agent_path: str
-    """``main`` for the orchestrator, ``main/NAME.3`` for its third child."""
+    """``main`` for the orchestrator, ``main/NAME.3`` for a child."""
     call_id: str
+    deps: DepsT
+    """What the app gave with the task (``Swarm.run(…, deps=…)``)."""
     resources: Resources
     files: tuple[Image, ...] = ()
     """The files given with the task, offered to tools by their names."""
+    is_retry: bool = False
+    """Whether an earlier process may have begun this very call and did not live to record it."""
+
+    @property
+    def idempotency_key(self) -> str:
+        """Names this call in every run of its episode: what makes a second try recognisable."""
+        return f"{self.episode_id}/{self.agent_path}/{self.call_id}"
 
 
 class Tool(Protocol):
@@ -249,7 +294,7 @@ class Tool(Protocol):
         """What the model is told."""
         ...
 
-    async def __call__(self, arguments: Mapping[str, Any], context: ToolContext) -> ToolOutput:
+    async def __call__(self, arguments: Mapping[str, Any], context: RunContext[Any]) -> ToolOutput:
         """Run the call.
 
         Raises:

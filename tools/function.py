@@ -12,8 +12,8 @@
     arguments  ──> call         validated and coerced by pydantic, one argument at a time
     result     ──> ToolOutput   text as it is, anything else as compact JSON
 
-Asynchronous functions run in the event loop, others in a worker thread; a cancelled call waits
-until its thread has ended, so that no call outlives its episode.
+Asynchronous functions run in the event loop, others in a worker thread. Python cannot stop a
+thread: a call that is cancelled or out of time waits ``GRACE_S`` for it, then leaves it behind.
 """
 
 from __future__ import annotations
@@ -25,17 +25,19 @@ import typing
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
+import anyio
 import anyio.to_thread
 import pydantic_core
 from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
 
 from swarm_sdk.errors import ConfigError, ToolError
-from swarm_sdk.types import Image, ToolContext, ToolOutput, ToolSpec
+from swarm_sdk.types import Image, RunContext, ToolOutput, ToolSpec
 
 if typing.TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+GRACE_S = 2.0
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
 _ARGUMENT_LINE = re.compile(r"(\w+)\s*(?:\([^)]*\))?:\s*(.*)")
 
@@ -57,7 +59,7 @@ class FunctionTool:
 
     Args:
         function: a function or method, synchronous or not, whose parameters all have a type. A
-            first parameter of type ``ToolContext`` gets the caller's context and is not shown to
+            first parameter of type ``RunContext`` gets the caller's context and is not shown to
             the model.
         name: what the model calls it; the function's own name unless given.
         description: what the model is told; the first paragraph of the docstring unless given.
@@ -84,7 +86,7 @@ class FunctionTool:
             )
         summary, notes = _read_docstring(inspect.getdoc(function) or "")
         parameters, hints = _parameters(function, self._name)
-        self._takes_context = bool(parameters) and hints[parameters[0].name] is ToolContext
+        self._takes_context = bool(parameters) and _is_context(hints[parameters[0].name])
         self._arguments = tuple(
             _Argument(one.name, _adapter(hints[one.name], one.name, self._name), one.default)
             for one in parameters[1 if self._takes_context else 0 :]
@@ -100,7 +102,7 @@ class FunctionTool:
         """What the model is told."""
         return self._spec
 
-    async def __call__(self, arguments: Mapping[str, Any], context: ToolContext) -> ToolOutput:
+    async def __call__(self, arguments: Mapping[str, Any], context: RunContext[Any]) -> ToolOutput:
         """Validate the arguments, call the function and turn its result into text.
 
         Raises:
@@ -114,7 +116,7 @@ class FunctionTool:
         )
         if inspect.iscoroutinefunction(self._function):
             return self._as_output(await call())
-        return self._as_output(await anyio.to_thread.run_sync(call))
+        return self._as_output(await _in_thread(call))
 
     def _validated(self, given: Mapping[str, Any]) -> dict[str, Any]:
         known = [argument.name for argument in self._arguments]
@@ -144,6 +146,26 @@ class FunctionTool:
                 f"'{self._name}' returned a {type(result).__name__}, which has no JSON form; "
                 "return text, numbers, lists, dicts or pydantic models"
             ) from error
+
+
+async def _in_thread(call: Callable[[], Any]) -> Any:
+    """Call in a worker thread; on cancellation wait for it a little, then leave it behind."""
+    is_over = False
+
+    def run() -> Any:
+        nonlocal is_over
+        try:
+            return call()
+        finally:
+            is_over = True
+
+    try:
+        return await anyio.to_thread.run_sync(run, abandon_on_cancel=True)
+    except anyio.get_cancelled_exc_class():
+        with anyio.move_on_after(GRACE_S, shield=True):
+            while not is_over:  # noqa: ASYNC110 - set in a thread that knows no event loop
+                await anyio.sleep(0.005)
+        raise
 
 
 @overload
@@ -193,10 +215,14 @@ def _parameters(
             )
         if parameter.name not in hints:
             raise ConfigError(f"parameter '{parameter.name}' of tool '{name}' needs a type")
-        is_context = hints[parameter.name] is ToolContext
+        is_context = _is_context(hints[parameter.name])
         if is_context and (index > 0 or parameter.kind is parameter.KEYWORD_ONLY):
-            raise ConfigError(f"the ToolContext of tool '{name}' must be its first parameter")
+            raise ConfigError(f"the RunContext of tool '{name}' must be its first parameter")
     return parameters, hints
+
+
+def _is_context(hint: Any) -> bool:
+    return hint is RunContext or typing.get_origin(hint) is RunContext
 
 
 def _adapter(hint: Any, argument: str, name: str) -> TypeAdapter[Any]:

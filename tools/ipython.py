@@ -7,12 +7,13 @@ ends with the agent.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from swarm_sdk.errors import ConfigError, SandboxDied
 from swarm_sdk.tools.function import FunctionTool
 from swarm_sdk.tools.sandbox.kernel import KernelSandbox
 from swarm_sdk.tools.sandbox.protocol import StartSandbox
-from swarm_sdk.types import ToolContext, ToolOutput
+from swarm_sdk.types import RunContext, ToolOutput
 
 
 class IPythonTool(FunctionTool):
@@ -33,7 +34,7 @@ class IPythonTool(FunctionTool):
         if timeout_s <= 0:
             raise ConfigError(f"timeout_s must be positive, got {timeout_s:g}")
 
-        async def ipython(context: ToolContext, code: str) -> ToolOutput:
+        async def ipython(context: RunContext[Any], code: str) -> ToolOutput:
             sandbox = await context.resources.get("ipython", partial(start, context.files))
             result = await sandbox.run(code, timeout_s=timeout_s)
             if result.status == "died":

@@ -2,19 +2,23 @@
 
     episodes 1 ── n agents 1 ── n steps                     media: pictures, once each, by SHA-256
 
-A step is one of three records, in the order in which an agent lived them:
+A step is one of two records, in the order in which an agent lived them:
 
-    observe   messages that entered the context, and the ids they became
-    sample    one model turn: generation prompt, sampled ids, their log-probabilities, the message
-    tool      one tool call's result (its text stands here once; ``observe`` refers to it)
+    sample    one model turn: the messages and ids that entered the context since the last one,
+              the sampled ids, their log-probabilities, the message they spell
+    tool      one tool call's result (its text stands here once; the next sample refers to it)
 
-Concatenating ``prompt_ids`` and ``token_ids`` of an agent's observe and sample steps gives the
-context that its model saw, bit for bit. Ids are stored as little-endian int32, log-probabilities
-as float32. Readers: the viewer, resume, the trainer.
+Concatenating ``prompt_ids`` and ``token_ids`` of an agent's sample steps gives the context that its
+model saw, bit for bit; a step with ``reset`` begins a new context. Ids are stored as little-endian
+int32, log-probabilities as float32. Readers: the viewer, resume, the trainer.
+
+Writes are buffered until ``flush``. ``await committed()`` is the barrier before anything that must
+not happen twice: it yields once, so that all agents of one turn of the event loop share a commit.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sqlite3
 import sys
@@ -25,51 +29,64 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic_core import to_json
+
 from swarm_sdk.errors import LedgerError
+from swarm_sdk.traces.claims import Claims
 from swarm_sdk.types import Image, Message, ToolCall
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 FILE_NAME = "ledger.db"
-StepKind = Literal["observe", "sample", "tool"]
+CHECKPOINT_PAGES = 8_192
+"""Pages of 4 KiB in the write-ahead log before it is copied into the file, which waits for the
+disk: with SQLite's default of 1,000 that took as long as all the rest of writing."""
+BUSY_S = 30.0
+"""How long a commit waits for another process that is writing to the same file."""
+StepKind = Literal["sample", "tool"]
 
 _TABLES = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE episodes (
-    id TEXT PRIMARY KEY, task TEXT NOT NULL, model TEXT NOT NULL, settings TEXT NOT NULL,
-    started_ns INTEGER NOT NULL, ended_ns INTEGER, status TEXT, output TEXT, summary TEXT
+    row INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE,
+    task TEXT NOT NULL, model TEXT NOT NULL, settings TEXT NOT NULL,
+    started_ns INTEGER NOT NULL, ended_ns INTEGER, status TEXT, output TEXT, error TEXT,
+    summary TEXT
 );
 CREATE TABLE agents (
-    episode_id TEXT NOT NULL REFERENCES episodes (id), path TEXT NOT NULL,
+    episode INTEGER NOT NULL REFERENCES episodes (row), path TEXT NOT NULL,
     parent_path TEXT, parent_stage INTEGER, name TEXT NOT NULL, model TEXT NOT NULL,
-    started_ns INTEGER NOT NULL, ended_ns INTEGER, status TEXT, output TEXT,
-    PRIMARY KEY (episode_id, path)
+    prompt TEXT NOT NULL, started_ns INTEGER NOT NULL, ended_ns INTEGER, status TEXT, output TEXT,
+    error TEXT,
+    PRIMARY KEY (episode, path)
 ) WITHOUT ROWID;
 CREATE TABLE steps (
-    id INTEGER PRIMARY KEY, episode_id TEXT NOT NULL REFERENCES episodes (id),
+    id INTEGER PRIMARY KEY, episode INTEGER NOT NULL REFERENCES episodes (row),
     agent_path TEXT NOT NULL, stage INTEGER NOT NULL, kind TEXT NOT NULL,
     body TEXT NOT NULL, prompt_ids BLOB, token_ids BLOB, logprobs BLOB, weight_version INTEGER,
     started_ns INTEGER NOT NULL, ended_ns INTEGER NOT NULL
 );
-CREATE INDEX steps_of_agent ON steps (episode_id, agent_path, id);
+CREATE INDEX steps_of_episode ON steps (episode);
 CREATE TABLE media (sha256 TEXT PRIMARY KEY, media_type TEXT NOT NULL, data BLOB NOT NULL);
 """
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class StepRecord:
     """One row of ``steps``."""
 
     agent_path: str
     stage: int
-    """Index of the agent's turn, from 0; an observation carries the turn that follows it, a tool
-    call the turn that asked for it."""
+    """Index of the agent's turn, from 0; a tool call carries the turn that asked for it."""
     kind: StepKind
     body: Mapping[str, Any]
-    """observe: ``messages``; sample: ``message``, ``finish_reason``, ``usage``; tool: ``call_id``,
-    ``name``, ``content``, ``images``, ``error``."""
-    prompt_ids: tuple[int, ...] = ()
-    token_ids: tuple[int, ...] = ()
-    logprobs: tuple[float, ...] = ()
+    """sample: ``observed`` (the messages that entered the context), ``message``,
+    ``finish_reason``, ``usage``, and ``reset`` where the context was begun anew (what was dropped,
+    and by which strategy); tool: ``call_id``, ``name``, ``content``, ``images``, ``error``."""
+    prompt_ids: Sequence[int] = ()
+    """Ids that entered the context since the last sampled one."""
+    token_ids: Sequence[int] = ()
+    """Sampled ids."""
+    logprobs: Sequence[float] = ()
     weight_version: int | None = None
     started_ns: int = 0
     ended_ns: int = 0
@@ -87,10 +104,13 @@ class AgentRecord:
     name: str
     model: str
     started_ns: int
+    prompt: str = ""
     ended_ns: int | None = None
     status: str | None = None
     """``None`` while it runs, and after a crash."""
     output: str | None = None
+    error: str | None = None
+    """Why ``status`` is not ``done``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +125,7 @@ class EpisodeRecord:
     ended_ns: int | None = None
     status: str | None = None
     output: str | None = None
+    error: str | None = None
     summary: Mapping[str, Any] | None = None
     """``critical_steps``, ``total_steps``, token counts; ``None`` while it runs."""
 
@@ -126,6 +147,11 @@ def _unpack(kind: str, blob: bytes | None) -> tuple[Any, ...]:
     if sys.byteorder == "big":
         packed.byteswap()
     return tuple(packed)
+
+
+def _json(value: Any) -> str:
+    """Compact JSON; floats that are no numbers become null, as everywhere in JSON."""
+    return to_json(value, inf_nan_mode="null").decode()
 
 
 def message_to_json(message: Message) -> dict[str, Any]:
@@ -151,22 +177,38 @@ def message_to_json(message: Message) -> dict[str, Any]:
     return stored
 
 
+@dataclass(slots=True)
+class Row:
+    """A write that waits for the next commit; ``id`` is its row's number after it."""
+
+    statement: str
+    values: Sequence[Any]
+    id: int = 0
+
+
 class Ledger:
     """The open ledger of a run directory; safe to use from several threads of one process.
 
     Args:
         directory: the run directory; made if it is missing.
         readonly: open an existing ledger without the right to write.
+        durable: commits survive a power failure, not only the end of the process: each waits for
+            the disk (SQLite's synchronous = FULL).
 
     Raises:
         LedgerError: the directory holds no ledger (``readonly``), or one of another version, or
             the file is not a ledger.
     """
 
-    def __init__(self, directory: Path | str, *, readonly: bool = False) -> None:
+    def __init__(
+        self, directory: Path | str, *, readonly: bool = False, durable: bool = False
+    ) -> None:
         self.directory = Path(directory)
         self.path = self.directory / FILE_NAME
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._rows: list[Row] = []
+        self._failure: LedgerError | None = None
+        """Set by the first write that failed: what comes after it would have a gap before it."""
         if readonly and not self.path.is_file():
             raise LedgerError(f"no episodes are recorded in '{self.directory}'; run one first")
         try:
@@ -176,13 +218,18 @@ class Ledger:
                 uri=True,
                 isolation_level=None,
                 check_same_thread=False,
+                timeout=BUSY_S,
             )
             if not readonly:
                 self._db.execute("PRAGMA journal_mode = WAL")
-                self._db.execute("PRAGMA synchronous = NORMAL")
+                self._db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+                self._db.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
             self._check_version(create=not readonly)
         except (OSError, sqlite3.Error) as error:
             raise LedgerError(f"the ledger '{self.path}' cannot be opened: {error}") from error
+        self._claims = None if readonly else Claims.of(self.directory)
+        self._claimed: set[str] = set()
+        self._episode_rows: dict[str, int] = {}
 
     def _check_version(self, *, create: bool) -> None:
         with self._lock:
@@ -209,38 +256,100 @@ class Ledger:
             )
 
     def close(self) -> None:
-        """Close the file; what was committed stays."""
+        """Commit what waits, give up all claims and close the file."""
         with self._lock:
-            self._db.close()
+            try:
+                if self._failure is None:
+                    self.flush()
+            finally:
+                for episode_id in tuple(self._claimed):
+                    self.release(episode_id)
+                self._db.close()
 
-    def _write(self, statement: str, values: Sequence[Any]) -> int:
-        try:
-            with self._lock:
-                return int(self._db.execute(statement, values).lastrowid or 0)
-        except sqlite3.Error as error:
-            raise LedgerError(f"the ledger '{self.path}' cannot be written: {error}") from error
+    # -- writing: rows wait for the next flush ---------------------------------------------------
 
-    def _read(self, statement: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-        try:
-            with self._lock:
-                return self._db.execute(statement, values).fetchall()
-        except sqlite3.Error as error:
-            raise LedgerError(f"the ledger '{self.path}' cannot be read: {error}") from error
+    def _write(self, statement: str, values: Sequence[Any]) -> Row:
+        if self._failure is not None:
+            raise self._failure
+        row = Row(statement, values)
+        self._rows.append(row)
+        return row
 
-    # -- writing: each call is one committed transaction ---------------------------------------
+    def flush(self) -> None:
+        """Commit all rows that wait, as one transaction.
+
+        Raises:
+            LedgerError: the file cannot be written (read-only, disk full …). Nothing of the
+                transaction is on record then, and this ledger takes no more writes.
+        """
+        with self._lock:
+            if self._failure is not None:
+                raise self._failure
+            rows, self._rows = self._rows, []
+            if not rows:
+                return
+            execute = self._db.execute
+            try:
+                execute("BEGIN IMMEDIATE")
+                for row in rows:
+                    row.id = execute(row.statement, row.values).lastrowid or 0
+                execute("COMMIT")
+            except (sqlite3.Error, OverflowError) as error:
+                if self._db.in_transaction:
+                    execute("ROLLBACK")
+                self._failure = LedgerError(
+                    f"the ledger '{self.path}' cannot be written: {error}; what was committed "
+                    "before can be read"
+                )
+                raise self._failure from error
+
+    async def committed(self) -> None:
+        """Return when everything written so far is committed; raises as ``flush``."""
+        if self._rows or self._failure is not None:
+            try:
+                await asyncio.sleep(0)
+            finally:  # also where the task is cancelled: what happened is on record
+                self.flush()
 
     def begin_episode(self, episode: EpisodeRecord) -> None:
-        """Commit that an episode started."""
-        self._write(
+        """Commit that an episode started, and claim it for this process."""
+        row = self._write(
             "INSERT INTO episodes (id, task, model, settings, started_ns) VALUES (?, ?, ?, ?, ?)",
             (
                 episode.id,
-                json.dumps(episode.task),
+                _json(episode.task),
                 episode.model,
-                json.dumps(episode.settings),
+                _json(episode.settings),
                 episode.started_ns,
             ),
         )
+        self.flush()
+        self._take(row.id, episode.id)
+        self._episode_rows[episode.id] = row.id
+
+    def claim(self, episode_id: str) -> None:
+        """Claim an episode that another process left unfinished.
+
+        Raises:
+            EpisodeBusy: a living process, or another task of this one, runs it.
+            LedgerError: there is no such episode.
+        """
+        self._take(self._row_of(episode_id), episode_id)
+
+    def _row_of(self, episode_id: str) -> int:
+        known = self._episode_rows.get(episode_id)
+        if known is not None:
+            return known
+        rows = self._read("SELECT row FROM episodes WHERE id = ?", (episode_id,))
+        if not rows:
+            raise LedgerError(f"the ledger '{self.path}' has no episode '{episode_id}'")
+        self._episode_rows[episode_id] = rows[0][0]
+        return int(rows[0][0])
+
+    def _take(self, row: int, episode_id: str) -> None:
+        assert self._claims is not None, "opened to be read only"
+        self._claims.take(row, episode_id)
+        self._claimed.add(episode_id)
 
     def end_episode(
         self,
@@ -248,53 +357,73 @@ class Ledger:
         *,
         status: str,
         output: str,
+        error: str | None = None,
         summary: Mapping[str, Any],
         ended_ns: int,
     ) -> None:
-        """Commit how an episode ended."""
-        self._write(
-            "UPDATE episodes SET ended_ns = ?, status = ?, output = ?, summary = ? WHERE id = ?",
-            (ended_ns, status, output, json.dumps(summary), episode_id),
-        )
+        """Commit how an episode ended, and give up the claim."""
+        try:
+            self._write(
+                "UPDATE episodes SET ended_ns = ?, status = ?, output = ?, error = ?, summary = ?"
+                " WHERE id = ?",
+                (ended_ns, status, output, error, _json(summary), episode_id),
+            )
+            self.flush()
+        finally:
+            self.release(episode_id)
+
+    def release(self, episode_id: str) -> None:
+        """Give up the claim on an episode; another process may resume it then."""
+        if episode_id in self._claimed and self._claims is not None:
+            self._claimed.discard(episode_id)
+            self._claims.drop(episode_id)
 
     def begin_agent(self, episode_id: str, agent: AgentRecord) -> None:
-        """Commit that an agent started."""
+        """Record that an agent started."""
         self._write(
-            "INSERT INTO agents (episode_id, path, parent_path, parent_stage, name, model,"
-            " started_ns) VALUES (?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO agents (episode, path, parent_path, parent_stage, name, model,"
+            " prompt, started_ns) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
             (
-                episode_id,
+                self._row_of(episode_id),
                 agent.path,
                 agent.parent_path,
                 agent.parent_stage,
                 agent.name,
                 agent.model,
+                agent.prompt,
                 agent.started_ns,
             ),
         )
 
     def end_agent(
-        self, episode_id: str, path: str, *, status: str, output: str, ended_ns: int
+        self,
+        episode_id: str,
+        path: str,
+        *,
+        status: str,
+        output: str,
+        error: str | None = None,
+        ended_ns: int,
     ) -> None:
-        """Commit how an agent ended."""
+        """Record how an agent ended."""
         self._write(
-            "UPDATE agents SET ended_ns = ?, status = ?, output = ?"
-            " WHERE episode_id = ? AND path = ?",
-            (ended_ns, status, output, episode_id, path),
+            "UPDATE agents SET ended_ns = ?, status = ?, output = ?, error = ?"
+            " WHERE episode = ? AND path = ?",
+            (ended_ns, status, output, error, self._row_of(episode_id), path),
         )
 
-    def append(self, episode_id: str, step: StepRecord) -> int:
-        """Commit one step; returns its id."""
+    def append(self, episode_id: str, step: StepRecord) -> Row:
+        """Record one step; the row has its id after the next commit."""
         return self._write(
-            "INSERT INTO steps (episode_id, agent_path, stage, kind, body, prompt_ids, token_ids,"
+            "INSERT INTO steps (episode, agent_path, stage, kind, body, prompt_ids, token_ids,"
             " logprobs, weight_version, started_ns, ended_ns)"
             " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
-                episode_id,
+                self._row_of(episode_id),
                 step.agent_path,
                 step.stage,
                 step.kind,
-                json.dumps(step.body, ensure_ascii=False),
+                _json(step.body),
                 _pack("i", step.prompt_ids),
                 _pack("i", step.token_ids),
                 _pack("f", step.logprobs),
@@ -305,7 +434,7 @@ class Ledger:
         )
 
     def put_media(self, images: Sequence[Image]) -> None:
-        """Commit pictures; those already held are skipped."""
+        """Record pictures; those already held are skipped."""
         for image in images:
             self._write(
                 "INSERT OR IGNORE INTO media VALUES (?, ?, ?)",
@@ -314,9 +443,21 @@ class Ledger:
 
     # -- reading ------------------------------------------------------------------------------
 
+    def _read(self, statement: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        try:
+            with self._lock:
+                if self._rows and self._failure is None:
+                    self.flush()
+                return self._db.execute(statement, values).fetchall()
+        except sqlite3.Error as error:
+            raise LedgerError(f"the ledger '{self.path}' cannot be read: {error}") from error
+
     def episodes(self) -> list[EpisodeRecord]:
         """All episodes, oldest first."""
-        rows = self._read("SELECT * FROM episodes ORDER BY started_ns, rowid")
+        rows = self._read(
+            "SELECT id, task, model, settings, started_ns, ended_ns, status, output, error,"
+            " summary FROM episodes ORDER BY started_ns, row"
+        )
         return [_episode(row) for row in rows]
 
     def episode(self, episode_id: str) -> EpisodeRecord:
@@ -335,9 +476,9 @@ class Ledger:
     def agents(self, episode_id: str) -> list[AgentRecord]:
         """The agents of an episode in the order in which they started."""
         rows = self._read(
-            "SELECT path, parent_path, parent_stage, name, model, started_ns, ended_ns, status,"
-            " output FROM agents WHERE episode_id = ? ORDER BY started_ns, path",
-            (episode_id,),
+            "SELECT path, parent_path, parent_stage, name, model, started_ns, prompt, ended_ns,"
+            " status, output, error FROM agents WHERE episode = ? ORDER BY started_ns, path",
+            (self._row_of(episode_id),),
         )
         names = tuple(AgentRecord.__dataclass_fields__)
         return [AgentRecord(**dict(zip(names, row, strict=True))) for row in rows]
@@ -346,9 +487,9 @@ class Ledger:
         """The steps of an episode, or of one of its agents, in the order of their commits."""
         rows = self._read(
             "SELECT agent_path, stage, kind, body, prompt_ids, token_ids, logprobs, weight_version,"
-            " started_ns, ended_ns, id FROM steps WHERE episode_id = ?1"
+            " started_ns, ended_ns, id FROM steps WHERE episode = ?1"
             " AND (?2 IS NULL OR agent_path = ?2) ORDER BY id",
-            (episode_id, agent_path),
+            (self._row_of(episode_id), agent_path),
         )
         for row in rows:
             yield StepRecord(
@@ -383,18 +524,18 @@ class Ledger:
         for step in self.steps(episode_id, agent_path):
             if step.kind == "tool":
                 tool_results[step.body["call_id"]] = step.body
-            elif step.kind == "sample":
-                dialogue.append(self._message(step.body["message"]))
-            else:
-                for stored in step.body["messages"]:
-                    result: Mapping[str, Any] = {}
-                    if stored["role"] == "tool":
-                        told = tool_results[stored["tool_call_id"]]
-                        result = {"content": told["content"], "images": told["images"]}
-                    dialogue.append(self._message({**stored, **result}))
+                continue
+            for stored in step.body["observed"]:
+                result: Mapping[str, Any] = {}
+                if stored["role"] == "tool" and "content" not in stored:
+                    told = tool_results[stored["tool_call_id"]]
+                    result = {"content": told["content"], "images": told["images"]}
+                dialogue.append(self.message({**stored, **result}))
+            dialogue.append(self.message(step.body["message"]))
         return dialogue
 
-    def _message(self, stored: Mapping[str, Any]) -> Message:
+    def message(self, stored: Mapping[str, Any]) -> Message:
+        """A message from its stored form (``message_to_json``)."""
         return Message(
             role=stored["role"],
             content=stored["content"],
@@ -415,5 +556,6 @@ def _episode(row: tuple[Any, ...]) -> EpisodeRecord:
         ended_ns=row[5],
         status=row[6],
         output=row[7],
-        summary=json.loads(row[8]) if row[8] else None,
+        error=row[8],
+        summary=json.loads(row[9]) if row[9] else None,
     )

@@ -1,6 +1,8 @@
 """One record a step, then one span that points to it.
 
-The order is the rule: the ledger's row is committed first, its id becomes the attribute
+    append to the ledger ──> await committed() ──> the span ends
+
+The order is the rule: the row is committed first, its id becomes the attribute
 ``swarm.ledger.step_id``, then the span ends. Spans go to whatever OpenTelemetry provider the app
 has set; without one they cost next to nothing and go nowhere.
 """
@@ -10,13 +12,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
-from opentelemetry import trace
+from opentelemetry.trace import SpanContext
 
 from swarm_sdk.traces import schema
-from swarm_sdk.traces.ledger import AgentRecord, Ledger, StepRecord, message_to_json
+from swarm_sdk.traces.ledger import AgentRecord, Ledger, Row, StepRecord, message_to_json
+from swarm_sdk.traces.spans import EpisodeSpans
 from swarm_sdk.types import Image, Message, ToolCall, ToolOutput, Turn
 
 
@@ -25,60 +27,75 @@ def now_ns() -> int:
     return time.time_ns()
 
 
-@dataclass(slots=True)
 class AgentRecorder:
     """Writes the steps of one agent, in order."""
 
-    ledger: Ledger
-    episode_id: str
-    path: str
-    tracer: trace.Tracer
-    stage: int = field(default=0)
-    """Index of the agent's current turn."""
+    __slots__ = ("_open", "_reset", "_span", "_spans", "episode_id", "ledger", "path", "stage")
 
-    def observe(self, messages: Sequence[Message], token_ids: tuple[int, ...]) -> None:
-        """Commit messages that entered the context; a tool's text already stands in its step."""
-        stored = []
-        for message in messages:
-            self.ledger.put_media(message.images)
-            one = message_to_json(message)
-            if message.role == "tool":
-                one = {"role": "tool", "tool_call_id": message.tool_call_id}
-            stored.append(one)
-        at_ns = now_ns()
-        self.ledger.append(
-            self.episode_id,
-            StepRecord(
-                agent_path=self.path,
-                stage=self.stage,
-                kind="observe",
-                body={"messages": stored},
-                token_ids=token_ids,
-                started_ns=at_ns,
-                ended_ns=at_ns,
-            ),
-        )
+    def __init__(
+        self,
+        ledger: Ledger,
+        episode_id: str,
+        path: str,
+        spans: EpisodeSpans,
+        span: SpanContext | None,
+    ) -> None:
+        """``span`` is the agent's own, as ``EpisodeSpans.agent`` gave it."""
+        self.ledger = ledger
+        self.episode_id = episode_id
+        self.path = path
+        self.stage = 0
+        """Index of the agent's current turn."""
+        self._spans = spans
+        self._span = span
+        self._open: list[tuple[Row, str, dict[str, Any], int, int]] = []
+        """Spans whose rows wait for their commit: row, name, attributes, start, end."""
+        self._reset: Mapping[str, Any] | None = None
 
-    def sample(self, turn: Turn, *, model: str, started_ns: int) -> None:
-        """Commit one model turn, then end its span."""
+    def reset(self, how: Mapping[str, Any]) -> None:
+        """Tell with the next turn that it began a new context, and what was dropped."""
+        self._reset = how
+
+    def sample(
+        self,
+        turn: Turn,
+        *,
+        observed: Sequence[Message],
+        observed_ids: Sequence[int],
+        model: str,
+        started_ns: int,
+    ) -> None:
+        """Record one model turn and what entered the context before it."""
         generation = turn.generation
         ended_ns = now_ns()
-        step_id = self.ledger.append(
+        stored = []
+        for message in observed:
+            if message.role == "tool" and self._reset is None:  # its text stands in its own step
+                stored.append({"role": "tool", "tool_call_id": message.tool_call_id})
+                continue
+            if message.images:
+                self.ledger.put_media(message.images)
+            stored.append(message_to_json(message))
+        body: dict[str, Any] = {
+            "observed": stored,
+            "message": message_to_json(turn.message),
+            "finish_reason": generation.finish_reason,
+            "usage": {
+                "num_prompt_tokens": generation.num_prompt_tokens,
+                "num_cached_tokens": generation.num_cached_tokens,
+                "num_completion_tokens": generation.num_completion_tokens,
+            },
+        }
+        if self._reset is not None:
+            body["reset"], self._reset = self._reset, None
+        row = self.ledger.append(
             self.episode_id,
             StepRecord(
                 agent_path=self.path,
                 stage=self.stage,
                 kind="sample",
-                body={
-                    "message": message_to_json(turn.message),
-                    "finish_reason": generation.finish_reason,
-                    "usage": {
-                        "num_prompt_tokens": generation.num_prompt_tokens,
-                        "num_cached_tokens": generation.num_cached_tokens,
-                        "num_completion_tokens": generation.num_completion_tokens,
-                    },
-                },
-                prompt_ids=turn.prompt_ids,
+                body=body,
+                prompt_ids=(*observed_ids, *turn.prompt_ids),
                 token_ids=generation.token_ids,
                 logprobs=generation.logprobs,
                 weight_version=generation.weight_version,
@@ -86,27 +103,25 @@ class AgentRecorder:
                 ended_ns=ended_ns,
             ),
         )
-        self._span(
-            schema.CHAT,
-            f"{schema.CHAT} {model}",
-            {
+        if self._spans.is_on:
+            attributes = {
+                schema.OPERATION: schema.CHAT,
                 schema.REQUEST_MODEL: model,
                 schema.INPUT_TOKENS: generation.num_prompt_tokens,
                 schema.OUTPUT_TOKENS: generation.num_completion_tokens,
                 schema.FINISH_REASONS: (generation.finish_reason,),
-                schema.LEDGER_STEP_ID: step_id,
-            },
-            started_ns,
-            ended_ns,
-        )
+                schema.STAGE_INDEX: self.stage,
+            }
+            self._open.append((row, f"{schema.CHAT} {model}", attributes, started_ns, ended_ns))
 
     def tool(
         self, call: ToolCall, output: ToolOutput, *, error: str | None, started_ns: int
     ) -> None:
-        """Commit one tool call's result, then end its span. ``error`` names what went wrong."""
-        self.ledger.put_media(output.images)
+        """Record one tool call's result. ``error`` names what went wrong."""
+        if output.images:
+            self.ledger.put_media(output.images)
         ended_ns = now_ns()
-        step_id = self.ledger.append(
+        row = self.ledger.append(
             self.episode_id,
             StepRecord(
                 agent_path=self.path,
@@ -123,60 +138,64 @@ class AgentRecorder:
                 ended_ns=ended_ns,
             ),
         )
-        attributes = {
-            schema.TOOL_NAME: call.name,
-            schema.TOOL_CALL_ID: call.id,
-            schema.LEDGER_STEP_ID: step_id,
-        }
-        if error:
-            attributes[schema.ERROR_TYPE] = error
-        self._span(
-            schema.EXECUTE_TOOL,
-            f"{schema.EXECUTE_TOOL} {call.name}",
-            attributes,
-            started_ns,
-            ended_ns,
-        )
+        if self._spans.is_on:
+            attributes = {
+                schema.OPERATION: schema.EXECUTE_TOOL,
+                schema.TOOL_NAME: call.name,
+                schema.TOOL_CALL_ID: call.id,
+                schema.STAGE_INDEX: self.stage,
+            }
+            if error:
+                attributes[schema.ERROR_TYPE] = error
+            name = f"{schema.EXECUTE_TOOL} {call.name}"
+            self._open.append((row, name, attributes, started_ns, ended_ns))
 
-    def _span(
-        self,
-        operation: str,
-        name: str,
-        attributes: Mapping[str, Any],
-        started_ns: int,
-        ended_ns: int,
-    ) -> None:
-        span = self.tracer.start_span(name, start_time=started_ns)
-        if span.is_recording():
-            span.set_attributes(
-                {
-                    schema.OPERATION: operation,
-                    schema.EPISODE_ID: self.episode_id,
-                    schema.AGENT_PATH: self.path,
-                    schema.STAGE_INDEX: self.stage,
-                    **attributes,
-                }
+    async def commit(self) -> None:
+        """Return when all that was recorded is committed and its spans have ended.
+
+        Raises:
+            LedgerError: the record cannot be written.
+        """
+        await self.ledger.committed()
+        if self._open:
+            self.end_spans()
+
+    def end_spans(self) -> None:
+        """End the spans whose rows are committed."""
+        ended, self._open = self._open, []
+        for row, name, attributes, started_ns, ended_ns in ended:
+            attributes[schema.EPISODE_ID] = self.episode_id
+            attributes[schema.AGENT_PATH] = self.path
+            attributes[schema.LEDGER_STEP_ID] = row.id
+            self._spans.step(
+                name,
+                self._span,
+                attributes,
+                started_ns,
+                ended_ns,
+                is_error=schema.ERROR_TYPE in attributes,
             )
-        span.end(end_time=ended_ns)
 
 
 @contextmanager
 def agent_span(
-    ledger: Ledger, episode_id: str, agent: AgentRecord, tracer: trace.Tracer
+    ledger: Ledger, episode_id: str, agent: AgentRecord, spans: EpisodeSpans, *, is_new: bool
 ) -> Iterator[AgentRecorder]:
-    """Commit that an agent started and hold its span open; ``end_agent`` is the runtime's call."""
-    ledger.begin_agent(episode_id, agent)
-    with tracer.start_as_current_span(
-        f"{schema.INVOKE_AGENT} {agent.name}",
-        start_time=agent.started_ns,
-        attributes={
-            schema.OPERATION: schema.INVOKE_AGENT,
-            schema.EPISODE_ID: episode_id,
-            schema.AGENT_PATH: agent.path,
-            schema.AGENT_NAME: agent.name,
-        },
-    ):
-        yield AgentRecorder(ledger, episode_id, agent.path, tracer)
+    """Record that an agent started and hold its span open; ``end_agent`` is the runtime's call.
+
+    ``is_new`` is ``False`` where the record of an earlier process tells of the agent already.
+    """
+    if is_new:
+        ledger.begin_agent(episode_id, agent)
+    attributes = {
+        schema.OPERATION: schema.INVOKE_AGENT,
+        schema.EPISODE_ID: episode_id,
+        schema.AGENT_PATH: agent.path,
+        schema.AGENT_NAME: agent.name,
+    }
+    name = f"{schema.INVOKE_AGENT} {agent.name}"
+    with spans.agent(name, attributes, agent.started_ns, now_ns) as span:
+        yield AgentRecorder(ledger, episode_id, agent.path, spans, span)
 
 
 def media_of(files: Sequence[Image]) -> list[list[str]]:

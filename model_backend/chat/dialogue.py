@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from swarm_sdk.errors import ContextOverflow
+from swarm_sdk.errors import ConfigError, ContextOverflow
 from swarm_sdk.types import Turn
 
 if TYPE_CHECKING:
@@ -40,20 +40,9 @@ class TokenModel:
         """Always: the episodes hold the exact ids and log-probabilities."""
         return True
 
-    def dialogue(
-        self,
-        tools: Sequence[ToolSpec],
-        *,
-        ids: Sequence[int] = (),
-        num_calls: int = 0,
-        images: Sequence[Image] = (),
-    ) -> TokenDialogue:
-        """Open a conversation, or go on with a recorded one.
-
-        To resume, give the recorded ``ids`` (all deltas of the dialogue in order), the number of
-        tool calls in them, and the pictures that were observed.
-        """
-        return TokenDialogue(self, tools, ids=ids, num_calls=num_calls, images=images)
+    def dialogue(self, tools: Sequence[ToolSpec]) -> TokenDialogue:
+        """Open a conversation in which ``tools`` can be called."""
+        return TokenDialogue(self, tools)
 
     async def aclose(self) -> None:
         """Close the engine."""
@@ -63,21 +52,13 @@ class TokenModel:
 class TokenDialogue:
     """One conversation as one growing list of token ids."""
 
-    def __init__(
-        self,
-        model: TokenModel,
-        tools: Sequence[ToolSpec],
-        *,
-        ids: Sequence[int],
-        num_calls: int,
-        images: Sequence[Image],
-    ) -> None:
+    def __init__(self, model: TokenModel, tools: Sequence[ToolSpec]) -> None:
         self._model = model
         self._format = model.chat_format
         self._tools = tuple(tools)
-        self._ids = list(ids)
-        self._num_calls = num_calls
-        self._images = list(images)
+        self._ids: list[int] = []
+        self._num_calls = 0
+        self._images: list[Image] = []
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -88,6 +69,11 @@ class TokenDialogue:
     def num_calls(self) -> int:
         """Tool calls so far; the next call gets this number."""
         return self._num_calls
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Ids that the next call sends."""
+        return len(self._ids) + len(self._lead()) + len(self._format.generation_prompt())
 
     def observe(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """Append messages of any role; returns the ids added.
@@ -135,6 +121,20 @@ class TokenDialogue:
         self._ids = [*context, *generation.token_ids]
         self._num_calls += len(message.tool_calls)
         return Turn(message=message, generation=generation, prompt_ids=tuple(prompt))
+
+    def replay(self, turn: Turn) -> None:
+        """Append a recorded turn: the ids that were sampled then, none made anew.
+
+        Raises:
+            ConfigError: the turn was begun with other ids than this format gives.
+        """
+        prompt = self._lead() + self._format.generation_prompt()
+        if tuple(prompt) != turn.prompt_ids:
+            raise ConfigError(
+                "a recorded turn does not fit this chat format; resume with the model that ran it"
+            )
+        self._ids += [*prompt, *turn.generation.token_ids]
+        self._num_calls += len(turn.message.tool_calls)
 
     def _lead(self) -> list[int]:
         """Return what precedes the next turn: the tools at the start, an end that is missing."""

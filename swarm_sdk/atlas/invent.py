@@ -112,7 +112,7 @@ def _entity(schema: Schema, title: str, titles: dict[str, list[str]], names: Nam
         name: _stem(value, titles) if rng.random() < STEM_SHARE else value
         for name, value in row.items()
     }
-    if schema is ELEMENT:
+    if schema.kind == ELEMENT.kind:
         return Entity(schema.kind, title, "a chemical element", row)
     about = f"{'an' if schema.kind[0] in 'aeiou' else 'a'} {schema.kind}"
     places = [row[name] for name, look in schema.attributes if look.startswith("@")]
@@ -129,16 +129,38 @@ def _stem(value: str, titles: dict[str, list[str]]) -> str:
     return stem if is_clear else value
 
 
-def _atlas_family(rng: random.Random, _: Names) -> list[Schema]:
-    return [ELEMENT] if rng.random() < 0.25 else [COUNTRY, CITY]
+def _atlas_family(rng: random.Random, names: Names) -> list[Schema]:
+    schemas = [ELEMENT] if rng.random() < 0.25 else [COUNTRY, CITY]
+    return [_widened(schema, rng, names) for schema in schemas]
+
+
+def _widened(schema: Schema, rng: random.Random, names: Names) -> Schema:
+    """``schema`` with up to three attributes that its kind does not have in the Atlas.
+
+    Without them a country's attributes would be a closed list, and one that was never trained
+    on would be answered with a neighbour of it.
+    """
+    own = dict(schema.attributes)
+    attributes = list(schema.attributes)
+    for _ in range(rng.randint(0, 3)):
+        name, look = rng.choice(_known_attributes())
+        if rng.random() < 0.4:
+            name, look = names.attribute(), rng.choice(LOOKS)
+        if name not in own:
+            own[name] = look
+            attributes.insert(rng.randint(0, len(attributes)), (name, look))
+    return Schema(schema.kind, schema.plural, tuple(attributes))
+
+
+def _known_attributes() -> list[tuple[str, str]]:
+    heldout = {name for _, name in HELDOUT_ATTRIBUTES}
+    return [pair for pair in ATTRIBUTES if pair[0] not in heldout]
 
 
 def _english_family(rng: random.Random, _: Names) -> list[Schema]:
     kinds = rng.sample(KINDS, rng.randint(2, 3))
     relations = iter(rng.sample(RELATION_NAMES, 9))
-    heldout = {name for _, name in HELDOUT_ATTRIBUTES}
-    known = [pair for pair in ATTRIBUTES if pair[0] not in heldout]
-    attributes = iter(rng.sample(known, 33))
+    attributes = iter(rng.sample(_known_attributes(), 33))
     return [_schema(kind, kinds, relations, attributes, rng) for kind in kinds]
 
 

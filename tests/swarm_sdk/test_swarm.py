@@ -77,6 +77,7 @@ def test_the_ledger_gives_back_the_sampled_ids_and_the_graph_of_the_run(tmp_path
         def __init__(self, inner: object) -> None:
             self.inner = inner
             self.observe = inner.observe
+            self.num_prompt_tokens = 0
 
         async def sample(self, sampling: Sampling) -> Turn:
             turn = await self.inner.sample(sampling)

@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field
 
 from swarm_sdk.errors import ConfigError, ToolError
 from swarm_sdk.tools.function import FunctionTool, tool
-from swarm_sdk.types import Image, ToolContext, ToolOutput
+from swarm_sdk.types import Image, RunContext, ToolOutput
 
 
 class Point(BaseModel):
@@ -22,8 +22,12 @@ class NoResources:
         raise AssertionError("not asked for")
 
 
-CONTEXT = ToolContext(
-    episode_id="e", agent_path="main/a.1", call_id="functions.f:0", resources=NoResources()
+CONTEXT = RunContext(
+    episode_id="e",
+    agent_path="main/a.1",
+    call_id="functions.f:0",
+    deps=None,
+    resources=NoResources(),
 )
 
 
@@ -141,7 +145,7 @@ def test_a_wrong_argument_is_a_short_sentence(arguments, text):
 
 
 def test_the_context_is_injected_and_not_shown_to_the_model():
-    async def whoami(context: ToolContext, loud: bool = False) -> str:
+    async def whoami(context: RunContext, loud: bool = False) -> str:
         return context.agent_path.upper() if loud else context.agent_path
 
     assert list(FunctionTool(whoami).spec.parameters["properties"]) == ["loud"]
@@ -243,7 +247,7 @@ def _args(*names: str) -> None: ...
 def _kwargs(**names: str) -> None: ...
 def _positional(name: str, /) -> None: ...
 def _bare(name) -> None: ...
-def _late(name: str, context: ToolContext) -> None: ...
+def _late(name: str, context: RunContext) -> None: ...
 def _unknown(name: "Nowhere") -> None: ...  # noqa: F821
 def _untold(name: threading.Lock) -> None: ...
 

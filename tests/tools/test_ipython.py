@@ -8,7 +8,7 @@ import pytest
 from swarm_sdk.errors import ConfigError, SandboxDied
 from swarm_sdk.tools.ipython import IPythonTool
 from swarm_sdk.tools.sandbox.protocol import CellResult
-from swarm_sdk.types import Image, ToolContext
+from swarm_sdk.types import Image, RunContext
 
 PICTURE = Image(b"png")
 FILES = (Image(b"bytes", name="a.png"),)
@@ -42,7 +42,9 @@ class Answers:
 
 
 def context(agent):
-    return ToolContext(episode_id="e", agent_path="main", call_id="c", resources=agent, files=FILES)
+    return RunContext(
+        episode_id="e", agent_path="main", call_id="c", deps=None, resources=agent, files=FILES
+    )
 
 
 def test_the_sandbox_starts_once_with_the_files_and_its_results_come_back():

@@ -4,7 +4,7 @@ import pytest
 from swarm_sdk.errors import ToolError
 from swarm_sdk.tools.corpus import Corpus, Page
 from swarm_sdk.tools.search import OpenTool, SearchTool
-from swarm_sdk.types import ToolContext
+from swarm_sdk.types import RunContext
 
 CORPUS = Corpus.from_pages(
     [
@@ -20,7 +20,9 @@ class NoResources:
         raise AssertionError("not asked for")
 
 
-CONTEXT = ToolContext(episode_id="e", agent_path="main", call_id="c", resources=NoResources())
+CONTEXT = RunContext(
+    episode_id="e", agent_path="main", call_id="c", deps=None, resources=NoResources()
+)
 
 
 def call(tool, **arguments):

@@ -39,6 +39,7 @@ def _float32(value: float) -> float:
             min_size=1,
             max_size=20,
         ),
+        min_size=1,
         max_size=5,
     )
 )
@@ -53,19 +54,9 @@ def test_sampled_ids_and_logprobs_come_back_bit_for_bit(
             StepRecord(
                 agent_path="main",
                 stage=stage,
-                kind="observe",
-                body={"messages": []},
-                token_ids=(7,),
-            ),
-        )
-        ledger.append(
-            "e1",
-            StepRecord(
-                agent_path="main",
-                stage=stage,
                 kind="sample",
                 body={},
-                prompt_ids=(8, 9),
+                prompt_ids=(7, 8, 9),
                 token_ids=tuple(i for i, _ in turn),
                 logprobs=tuple(p for _, p in turn),
                 weight_version=3,

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 import anyio
 import pytest
 
-from swarm_sdk.errors import ContextOverflow, ModelError
+from swarm_sdk.errors import ConfigError, ContextOverflow, ModelError
 from swarm_sdk.model_backend.chat.dialogue import TokenModel
 from swarm_sdk.model_backend.chat.template import ChatFormat
 from swarm_sdk.types import Generation, Image, Message, Sampling, ToolCall, ToolSpec
@@ -176,13 +176,32 @@ def test_a_resumed_dialogue_goes_on_as_the_recorded_one(tokenizer):
     model = model_of(chat, [said, said, said])
     dialogue = model.dialogue([TOOL])
     dialogue.observe([Message("user", "hi", images=(image,))])
-    sample(dialogue)
-    resumed = model.dialogue([TOOL], ids=dialogue.ids, num_calls=1, images=(image,))
+    turn = sample(dialogue)
+    resumed = model.dialogue([TOOL])
+    resumed.observe([Message("user", "hi", images=(image,))])
+    resumed.replay(turn)
     result = Message("tool", "ok", tool_call_id="functions.f:0")
     assert resumed.observe([result]) == dialogue.observe([result])
     assert sample(resumed) == sample(dialogue)
     assert model.engine.calls[1] == model.engine.calls[2]
     assert resumed.ids == dialogue.ids
+
+
+def test_a_turn_of_another_chat_format_cannot_be_replayed(tokenizer):
+    said = [tokenizer.special.im_end]
+    turn = sample(model_of(ChatFormat(tokenizer, thinking=False), [said]).dialogue([]))
+    with pytest.raises(ConfigError, match="does not fit this chat format"):
+        model_of(ChatFormat(tokenizer), []).dialogue([]).replay(turn)
+
+
+def test_the_length_of_the_next_prompt_is_known_before_it_is_sent(tokenizer):
+    model = model_of(ChatFormat(tokenizer), [[5], [5]])
+    dialogue = model.dialogue([TOOL])
+    for _ in range(2):
+        dialogue.observe([Message("user", "hi")])
+        expected = dialogue.num_prompt_tokens
+        sample(dialogue)
+        assert len(model.engine.calls[-1][0]) == expected
 
 
 def test_closing_the_model_closes_its_engine(tokenizer):

@@ -1,0 +1,216 @@
+"""The calls of one turn: side by side, and whatever goes wrong in one is a result like others.
+
+    call ─┬─ on record already ──────────────────────────> that result
+          ├─ cut, ill-formed, no such tool ─────────────> error result
+          └─ hooks ─> tool, within its time ─> cap ─────> result, or an error result
+
+``create_subagent`` runs first and in order, so that the same turn can use what it makes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import anyio
+
+from swarm_sdk.errors import LedgerError, SubagentError, ToolError
+from swarm_sdk.runtime.events import ToolFinished, ToolStarted
+from swarm_sdk.runtime.replay import ReplayMismatch
+from swarm_sdk.traces.record import AgentRecorder, now_ns
+from swarm_sdk.types import Message, RunContext, Tool, ToolCall, ToolOutput
+
+if TYPE_CHECKING:
+    from swarm_sdk.runtime.agent_loop import AgentRun
+
+ENDS_THE_EPISODE = (LedgerError, SubagentError, ReplayMismatch)
+"""What passes the tool boundary: without a record there is no episode; fail_fast asks for it."""
+
+
+class SpawnTool(Tool):
+    """What the loop must know of ``create_subagent`` and ``assign_task``; the rest is theirs."""
+
+    is_sequential = False
+    """Whether the calls of a turn run before all others, one by one."""
+
+    def number(self, call_id: str) -> None:
+        """Hear of a call before any call of the turn runs: the order is that of the turn."""
+
+
+async def run_calls(
+    run: AgentRun, calls: Sequence[ToolCall], recorder: AgentRecorder
+) -> list[Message]:
+    """Run the calls of one turn; results in the order of the calls, committed.
+
+    Raises:
+        LedgerError, SubagentError, ReplayMismatch: as ``run_agent``.
+    """
+    tools = run.spec.tools
+    results: dict[int, ToolOutput] = {}
+
+    async def run_one(index: int) -> None:
+        results[index] = await _run_call(run, calls[index], recorder)
+
+    later: list[int] = []
+    for index, call in enumerate(calls):
+        tool = tools.get(call.name)
+        if isinstance(tool, SpawnTool):
+            tool.number(call.id)
+        if not (isinstance(tool, SpawnTool) and tool.is_sequential):
+            later.append(index)
+    for index in range(len(calls)):
+        if index not in later:
+            await run_one(index)
+    if len(later) == 1:
+        await run_one(later[0])
+    elif later:
+        try:
+            async with anyio.create_task_group() as group:
+                for index in later:
+                    group.start_soon(run_one, index, name=f"{run.spec.path} {calls[index].id}")
+        except BaseExceptionGroup as failures:
+            raise first_of(failures) from failures
+    await recorder.commit()
+    return [
+        Message("tool", results[i].content, images=results[i].images, tool_call_id=call.id)
+        for i, call in enumerate(calls)
+    ]
+
+
+async def _run_call(run: AgentRun, call: ToolCall, recorder: AgentRecorder) -> ToolOutput:
+    """The tool boundary: whatever a tool raises becomes a result that the model sees."""
+    state = run.state
+    tool = run.spec.tools.get(call.name)
+    recorded = None if run.recorded is None else run.recorded.results.get(call.id)
+    if recorded is not None and not isinstance(tool, SpawnTool):
+        _tell(run, call, *recorded)
+        return recorded[0]
+    started_ns = now_ns()
+    if state.emit is not None:
+        state.emit(ToolStarted(path=run.spec.path, call=call))
+    error: str | None = None
+    if call.error is not None:
+        error, output = "malformed_call", ToolOutput(f"error: {call.error}")
+    elif tool is None:
+        known = ", ".join(sorted(run.spec.tools)) or "none"
+        error = "unknown_tool"
+        output = ToolOutput(f"error: there is no tool '{call.name}'; the tools are: {known}")
+    else:
+        output, error = await _within_bounds(run, tool, call)
+    if recorded is not None:  # a sub-agent was made again from the record, or created
+        _tell(run, call, *recorded)
+        return recorded[0]
+    recorder.tool(call, output, error=error, started_ns=started_ns)
+    if state.emit is not None:
+        state.emit(ToolFinished(path=run.spec.path, call=call, output=output, error=error))
+    return output
+
+
+def _tell(run: AgentRun, call: ToolCall, output: ToolOutput, error: str | None) -> None:
+    if run.state.emit is not None:
+        run.state.emit(
+            ToolFinished(
+                path=run.spec.path, call=call, output=output, error=error, is_replayed=True
+            )
+        )
+
+
+async def _within_bounds(
+    run: AgentRun, tool: Tool, call: ToolCall
+) -> tuple[ToolOutput, str | None]:
+    """Call the tool within its time; returns the capped output and the kind of its error."""
+    state = run.state
+    is_spawn = isinstance(tool, SpawnTool)
+    timeout_s = None if is_spawn else state.limits.tool_timeout_s
+    try:
+        if timeout_s is None:
+            output = await _call(run, tool, call)
+        else:
+            async with asyncio.timeout(timeout_s) as limit:
+                output = await _call(run, tool, call)
+    except TimeoutError as failure:
+        if timeout_s is None or not limit.expired():
+            return ToolOutput(f"error: TimeoutError: {failure}"), "TimeoutError"
+        text = f"error: '{call.name}' gave no result within {timeout_s:g} s and was stopped"
+        return ToolOutput(text), "tool_timeout"
+    except asyncio.CancelledError as failure:
+        task = asyncio.current_task()
+        is_ours = task is not None and task.cancelling() > 0
+        if is_ours or anyio.current_effective_deadline() == -math.inf:
+            raise
+        return ToolOutput(f"error: the tool raised {type(failure).__name__}"), "CancelledError"
+    except ToolError as failure:
+        return ToolOutput(f"error: {failure}"), type(failure).__name__
+    except (*ENDS_THE_EPISODE, KeyboardInterrupt):
+        raise
+    except BaseException as failure:  # noqa: BLE001 - the boundary: tools are other people's code
+        return _failed(failure)
+    return capped(output, state.limits.max_tool_chars), None
+
+
+def _failed(failure: BaseException) -> tuple[ToolOutput, str]:
+    kind = type(failure).__name__
+    return ToolOutput(f"error: {kind}: {failure}"), kind
+
+
+async def _call(run: AgentRun, tool: Tool, call: ToolCall) -> ToolOutput:
+    state = run.state
+    context: RunContext[Any] = RunContext(
+        episode_id=state.episode_id,
+        agent_path=run.spec.path,
+        call_id=call.id,
+        deps=state.deps,
+        resources=run.resources,
+        files=state.files,
+        is_retry=_is_retry(run),
+    )
+    if not state.hooks:
+        output = await tool(call.arguments, context)
+    else:
+
+        async def proceed(changed: ToolCall) -> ToolOutput:
+            return await tool(changed.arguments, context)
+
+        around: Callable[[ToolCall], Awaitable[ToolOutput]] = proceed
+        for hooks in reversed(state.hooks):
+            around = partial(_around_tool_call, hooks, run.info, around)
+        output = await around(call)
+    if not isinstance(output, ToolOutput):
+        raise TypeError(f"a tool must return a ToolOutput, got {type(output).__name__}")
+    return output
+
+
+def _is_retry(run: AgentRun) -> bool:
+    """Whether the call belongs to a turn of the record but has no result there."""
+    recorded = run.recorded
+    return recorded is not None and run.state.graph.lengths[run.spec.path] <= len(recorded.turns)
+
+
+async def _around_tool_call(
+    hooks: Any,
+    info: Any,
+    proceed: Callable[[ToolCall], Awaitable[ToolOutput]],
+    call: ToolCall,
+) -> ToolOutput:
+    output: ToolOutput = await hooks.tool_call(info, call, proceed)
+    return output
+
+
+def capped(output: ToolOutput, max_chars: int) -> ToolOutput:
+    """``output`` with its head and tail only, where its text is longer than ``max_chars``."""
+    text = output.content
+    if len(text) <= max_chars:
+        return output
+    head = max_chars - max_chars // 4
+    tail = max_chars - head
+    cut = f"\n[… {len(text) - max_chars} characters are not shown …]\n"
+    return ToolOutput(text[:head] + cut + (text[-tail:] if tail else ""), output.images)
+
+
+def first_of(failures: BaseExceptionGroup[BaseException]) -> BaseException:
+    """One of several failures: the first that is no group itself."""
+    first = failures.exceptions[0]
+    return first_of(first) if isinstance(first, BaseExceptionGroup) else first

@@ -1,0 +1,124 @@
+"""Spans of an episode, at a cost that lets them stay on.
+
+    episode span   by the tracer: the sampler decides here, once an episode
+    all below it   made whole when they end, and handed to the provider's processors
+
+Most of what a span costs goes into deciding on it and into locking what may still change; a span
+that is made when all of it is known needs neither. Processors see these spans in ``on_end`` only.
+A tracer that is not the SDK's is used by the API's own way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from opentelemetry import context as otel_context
+from opentelemetry import trace
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace import Tracer as SdkTracer
+from opentelemetry.trace import NonRecordingSpan, SpanContext, Status, StatusCode
+
+_ERROR = Status(StatusCode.ERROR)
+_UNSET = Status(StatusCode.UNSET)
+
+
+class EpisodeSpans:
+    """Makes the spans below one episode's span."""
+
+    __slots__ = ("_new_id", "_processor", "_root", "_root_context", "is_on", "tracer")
+
+    def __init__(self, tracer: trace.Tracer, root: trace.Span) -> None:
+        """``root`` is the episode's span, current now."""
+        self.tracer = tracer
+        self.is_on = root.is_recording()
+        """Whether anybody collects the spans of this episode."""
+        self._root: ReadableSpan | None = None
+        self._root_context = root.get_span_context()
+        if self.is_on and isinstance(tracer, SdkTracer) and isinstance(root, ReadableSpan):
+            self._root = root
+            self._processor = tracer.span_processor
+            self._new_id = tracer.id_generator.generate_span_id
+
+    @contextmanager
+    def agent(
+        self, name: str, attributes: Mapping[str, Any], started_ns: int, now_ns: Any
+    ) -> Iterator[SpanContext | None]:
+        """A span that is the current one inside; yields what its children are made with."""
+        if not self.is_on:
+            yield None
+            return
+        if self._root is None:
+            with self.tracer.start_as_current_span(
+                name, start_time=started_ns, attributes=attributes
+            ):
+                yield None
+            return
+        parent = trace.get_current_span().get_span_context()
+        own = self._child()
+        token = otel_context.attach(trace.set_span_in_context(NonRecordingSpan(own)))
+        is_error = True
+        try:
+            yield own
+            is_error = False
+        finally:
+            otel_context.detach(token)
+            self._emit(name, own, parent, attributes, started_ns, now_ns(), is_error=is_error)
+
+    def step(
+        self,
+        name: str,
+        parent: SpanContext | None,
+        attributes: Mapping[str, Any],
+        started_ns: int,
+        ended_ns: int,
+        *,
+        is_error: bool,
+    ) -> None:
+        """A span that is over; ``parent`` is what ``agent`` gave."""
+        if self._root is not None and parent is not None:
+            self._emit(
+                name, self._child(), parent, attributes, started_ns, ended_ns, is_error=is_error
+            )
+            return
+        span = self.tracer.start_span(name, start_time=started_ns, attributes=attributes)
+        if is_error:
+            span.set_status(StatusCode.ERROR)
+        span.end(end_time=ended_ns)
+
+    def _child(self) -> SpanContext:
+        root = self._root_context
+        return SpanContext(
+            root.trace_id,
+            self._new_id(),
+            is_remote=False,
+            trace_flags=root.trace_flags,
+            trace_state=root.trace_state,
+        )
+
+    def _emit(
+        self,
+        name: str,
+        own: SpanContext,
+        parent: SpanContext,
+        attributes: Mapping[str, Any],
+        started_ns: int,
+        ended_ns: int,
+        *,
+        is_error: bool,
+    ) -> None:
+        assert self._root is not None
+        self._processor.on_end(
+            ReadableSpan(
+                name=name,
+                context=own,
+                parent=parent,
+                resource=self._root.resource,
+                attributes=attributes,
+                status=_ERROR if is_error else _UNSET,
+                start_time=started_ns,
+                end_time=ended_ns,
+                instrumentation_scope=self._root.instrumentation_scope,
+            )
+        )
