@@ -35,13 +35,13 @@ from swarm_sdk.runtime.events import (
     StepStarted,
 )
 from swarm_sdk.runtime.hooks import AgentInfo
-from swarm_sdk.runtime.replay import RecordedAgent, RecordedTurn, ReplayMismatch, check_prompt
+from swarm_sdk.runtime.replay import RecordedTurn, ReplayMismatch, check_prompt
 from swarm_sdk.runtime.state import (
     AgentOutcome,
-    AgentResources,
     AgentSpec,
     AgentStatus,
     EpisodeState,
+    LivingAgent,
 )
 from swarm_sdk.runtime.tool_calls import run_calls
 from swarm_sdk.traces.ledger import AgentRecord
@@ -59,7 +59,7 @@ async def run_agent(state: EpisodeState, spec: AgentSpec) -> AgentOutcome:
         ReplayMismatch: a resumed episode does not fit its record.
         SubagentError: with ``fail_fast``, a sub-agent ended without a report.
     """
-    run = AgentRun(state, spec)
+    run = _AgentRun(state, spec)
     if state.emit is not None:
         state.emit(AgentStarted(path=spec.path, name=spec.name, prompt=spec.prompt))
     record = AgentRecord(
@@ -73,7 +73,7 @@ async def run_agent(state: EpisodeState, spec: AgentSpec) -> AgentOutcome:
     )
     status: AgentStatus = "cancelled"
     error: str | None = "the episode was cancelled"
-    is_new = run.recorded is None
+    is_new = run.agent.recorded is None
     with agent_span(state.ledger, state.episode_id, record, state.spans, is_new=is_new) as recorder:
         try:
             status, error = await run.loop(recorder)
@@ -92,14 +92,14 @@ async def run_agent(state: EpisodeState, spec: AgentSpec) -> AgentOutcome:
             status = "failed"
             error = str(failure) if is_ours else f"{type(failure).__name__}: {failure}"
         finally:
-            await run.resources.aclose()
+            await run.agent.resources.aclose()
             outcome = _end(state, spec, run, status, error)
         recorder.end_spans()
     return outcome
 
 
 def _end(
-    state: EpisodeState, spec: AgentSpec, run: AgentRun, status: AgentStatus, error: str | None
+    state: EpisodeState, spec: AgentSpec, run: _AgentRun, status: AgentStatus, error: str | None
 ) -> AgentOutcome:
     """Keep the outcome, record it and tell it."""
     outcome = AgentOutcome(
@@ -114,7 +114,7 @@ def _end(
         usage=run.usage,
     )
     state.outcomes[spec.path] = outcome
-    if run.recorded is None or not run.recorded.is_ended:
+    if run.agent.recorded is None or not run.agent.recorded.is_ended:
         state.ledger.end_agent(
             state.episode_id,
             spec.path,
@@ -130,17 +130,15 @@ def _end(
     return outcome
 
 
-class AgentRun:
+class _AgentRun:
     """The loop of one agent and what it holds."""
 
     __slots__ = (
         "_history",
-        "info",
+        "agent",
         "last_content",
         "num_repairs",
         "parsed",
-        "recorded",
-        "resources",
         "spec",
         "state",
         "usage",
@@ -149,21 +147,22 @@ class AgentRun:
     def __init__(self, state: EpisodeState, spec: AgentSpec) -> None:
         self.state = state
         self.spec = spec
-        self.info = AgentInfo(state.episode_id, spec.path, spec.name, state.deps)
-        self.resources = AgentResources()
+        self.agent = LivingAgent(
+            state,
+            spec,
+            AgentInfo(state.episode_id, spec.path, spec.name, state.deps),
+            None if state.replay is None else state.replay.agents.get(spec.path),
+        )
         self.usage = NO_USAGE
         self.last_content = ""
         self.parsed: Any = None
         self.num_repairs = 0
-        self.recorded: RecordedAgent | None = (
-            None if state.replay is None else state.replay.agents.get(spec.path)
-        )
         self._history: list[Message] | None = None if state.context is None else []
         """All messages of the context; kept only for a context strategy."""
 
     async def loop(self, recorder: AgentRecorder) -> tuple[AgentStatus, str | None]:
         """Turn after turn until a message without calls; returns the status and the error."""
-        spec, state, recorded = self.spec, self.state, self.recorded
+        spec, state, recorded = self.spec, self.state, self.agent.recorded
         dialogue = self._open_dialogue()
         messages = self._first_messages()
         state.graph.add_agent(spec.path, spec.parent)
@@ -181,7 +180,7 @@ class AgentRun:
             if message.content:
                 self.last_content = message.content
             if message.tool_calls:
-                messages = await run_calls(self, message.tool_calls, recorder)
+                messages = await run_calls(self.agent, message.tool_calls, recorder)
             elif turn.generation.finish_reason == "length":
                 return "truncated", f"the message was cut after {len(message.content)} characters"
             elif spec.output is None:
@@ -283,7 +282,7 @@ class AgentRun:
     async def _hooked(self, dialogue: Dialogue, sampling: Sampling) -> Turn:
         proceed: Callable[[Sampling], Awaitable[Turn]] = dialogue.sample
         for hooks in reversed(self.state.hooks):
-            proceed = partial(_around_model_call, hooks, self.info, proceed)
+            proceed = partial(_around_model_call, hooks, self.agent.info, proceed)
         return await proceed(sampling)
 
     def _count(self, turn: Turn, stage: int, *, is_replayed: bool) -> None:

@@ -15,8 +15,8 @@ from swarm_sdk.errors import BudgetExceeded
 from swarm_sdk.runtime.budget import AgentMeter, Scope
 from swarm_sdk.runtime.context import ContextStrategy
 from swarm_sdk.runtime.events import Emit
-from swarm_sdk.runtime.hooks import Hooks
-from swarm_sdk.runtime.replay import Replay
+from swarm_sdk.runtime.hooks import AgentInfo, Hooks
+from swarm_sdk.runtime.replay import RecordedAgent, Replay
 from swarm_sdk.runtime.stage_graph import Node, StageGraph
 from swarm_sdk.traces.ledger import Ledger
 from swarm_sdk.traces.spans import EpisodeSpans
@@ -172,17 +172,6 @@ class EpisodeState:
         return outcome
 
 
-def unstarted(path: str) -> AgentOutcome:
-    """The outcome of an agent that was cancelled before it began."""
-    return AgentOutcome(
-        path=path,
-        name=path.rpartition("/")[2],
-        status="cancelled",
-        output="",
-        error="it never started",
-    )
-
-
 class AgentResources:
     """What one agent holds while it lives; closed when it ends, also on cancellation."""
 
@@ -209,3 +198,26 @@ class AgentResources:
         if self._stack is not None:
             with anyio.CancelScope(shield=True):
                 await self._stack.aclose()
+
+
+@dataclass(slots=True)
+class LivingAgent:
+    """An agent while it runs: what its turns and its tool calls need."""
+
+    state: EpisodeState
+    spec: AgentSpec
+    info: AgentInfo
+    recorded: RecordedAgent | None
+    """What an earlier process did of it, where the episode is resumed."""
+    resources: AgentResources = field(default_factory=AgentResources)
+
+
+def unstarted(path: str) -> AgentOutcome:
+    """The outcome of an agent that was cancelled before it began."""
+    return AgentOutcome(
+        path=path,
+        name=path.rpartition("/")[2],
+        status="cancelled",
+        output="",
+        error="it never started",
+    )

@@ -13,18 +13,16 @@ import asyncio
 import math
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import anyio
 
 from swarm_sdk.errors import LedgerError, SubagentError, ToolError
 from swarm_sdk.runtime.events import ToolFinished, ToolStarted
 from swarm_sdk.runtime.replay import ReplayMismatch
+from swarm_sdk.runtime.state import LivingAgent
 from swarm_sdk.traces.record import AgentRecorder, now_ns
 from swarm_sdk.types import Message, RunContext, Tool, ToolCall, ToolOutput
-
-if TYPE_CHECKING:
-    from swarm_sdk.runtime.agent_loop import AgentRun
 
 ENDS_THE_EPISODE = (LedgerError, SubagentError, ReplayMismatch)
 """What passes the tool boundary: without a record there is no episode; fail_fast asks for it."""
@@ -41,18 +39,18 @@ class SpawnTool(Tool):
 
 
 async def run_calls(
-    run: AgentRun, calls: Sequence[ToolCall], recorder: AgentRecorder
+    agent: LivingAgent, calls: Sequence[ToolCall], recorder: AgentRecorder
 ) -> list[Message]:
     """Run the calls of one turn; results in the order of the calls, committed.
 
     Raises:
         LedgerError, SubagentError, ReplayMismatch: as ``run_agent``.
     """
-    tools = run.spec.tools
+    tools = agent.spec.tools
     results: dict[int, ToolOutput] = {}
 
     async def run_one(index: int) -> None:
-        results[index] = await _run_call(run, calls[index], recorder)
+        results[index] = await _run_call(agent, calls[index], recorder)
 
     later: list[int] = []
     for index, call in enumerate(calls):
@@ -70,7 +68,7 @@ async def run_calls(
         try:
             async with anyio.create_task_group() as group:
                 for index in later:
-                    group.start_soon(run_one, index, name=f"{run.spec.path} {calls[index].id}")
+                    group.start_soon(run_one, index, name=f"{agent.spec.path} {calls[index].id}")
         except BaseExceptionGroup as failures:
             raise first_of(failures) from failures
     await recorder.commit()
@@ -80,60 +78,57 @@ async def run_calls(
     ]
 
 
-async def _run_call(run: AgentRun, call: ToolCall, recorder: AgentRecorder) -> ToolOutput:
+async def _run_call(agent: LivingAgent, call: ToolCall, recorder: AgentRecorder) -> ToolOutput:
     """The tool boundary: whatever a tool raises becomes a result that the model sees."""
-    state = run.state
-    tool = run.spec.tools.get(call.name)
-    recorded = None if run.recorded is None else run.recorded.results.get(call.id)
+    state = agent.state
+    tool = agent.spec.tools.get(call.name)
+    recorded = None if agent.recorded is None else agent.recorded.results.get(call.id)
     if recorded is not None and not isinstance(tool, SpawnTool):
-        _tell(run, call, *recorded)
+        _tell(agent, call, *recorded)
         return recorded[0]
     started_ns = now_ns()
     if state.emit is not None:
-        state.emit(ToolStarted(path=run.spec.path, call=call))
+        state.emit(ToolStarted(path=agent.spec.path, call=call))
     error: str | None = None
     if call.error is not None:
         error, output = "malformed_call", ToolOutput(f"error: {call.error}")
     elif tool is None:
-        known = ", ".join(sorted(run.spec.tools)) or "none"
+        known = ", ".join(sorted(agent.spec.tools)) or "none"
         error = "unknown_tool"
         output = ToolOutput(f"error: there is no tool '{call.name}'; the tools are: {known}")
     else:
-        output, error = await _within_bounds(run, tool, call)
+        output, error = await _within_bounds(agent, tool, call)
     if recorded is not None:  # a sub-agent was made again from the record, or created
-        _tell(run, call, *recorded)
+        _tell(agent, call, *recorded)
         return recorded[0]
     recorder.tool(call, output, error=error, started_ns=started_ns)
     if state.emit is not None:
-        state.emit(ToolFinished(path=run.spec.path, call=call, output=output, error=error))
+        state.emit(ToolFinished(path=agent.spec.path, call=call, output=output, error=error))
     return output
 
 
-def _tell(run: AgentRun, call: ToolCall, output: ToolOutput, error: str | None) -> None:
-    if run.state.emit is not None:
-        run.state.emit(
+def _tell(agent: LivingAgent, call: ToolCall, output: ToolOutput, error: str | None) -> None:
+    if agent.state.emit is not None:
+        agent.state.emit(
             ToolFinished(
-                path=run.spec.path, call=call, output=output, error=error, is_replayed=True
+                path=agent.spec.path, call=call, output=output, error=error, is_replayed=True
             )
         )
 
 
 async def _within_bounds(
-    run: AgentRun, tool: Tool, call: ToolCall
+    agent: LivingAgent, tool: Tool, call: ToolCall
 ) -> tuple[ToolOutput, str | None]:
     """Call the tool within its time; returns the capped output and the kind of its error."""
-    state = run.state
-    is_spawn = isinstance(tool, SpawnTool)
-    timeout_s = None if is_spawn else state.limits.tool_timeout_s
+    state = agent.state
+    timeout_s = None if isinstance(tool, SpawnTool) else state.limits.tool_timeout_s
+    limit = asyncio.timeout(timeout_s)
     try:
-        if timeout_s is None:
-            output = await _call(run, tool, call)
-        else:
-            async with asyncio.timeout(timeout_s) as limit:
-                output = await _call(run, tool, call)
+        async with limit:
+            output = await _call(agent, tool, call)
     except TimeoutError as failure:
-        if timeout_s is None or not limit.expired():
-            return ToolOutput(f"error: TimeoutError: {failure}"), "TimeoutError"
+        if not limit.expired():
+            return _failed(failure)
         text = f"error: '{call.name}' gave no result within {timeout_s:g} s and was stopped"
         return ToolOutput(text), "tool_timeout"
     except asyncio.CancelledError as failure:
@@ -156,16 +151,16 @@ def _failed(failure: BaseException) -> tuple[ToolOutput, str]:
     return ToolOutput(f"error: {kind}: {failure}"), kind
 
 
-async def _call(run: AgentRun, tool: Tool, call: ToolCall) -> ToolOutput:
-    state = run.state
+async def _call(agent: LivingAgent, tool: Tool, call: ToolCall) -> ToolOutput:
+    state = agent.state
     context: RunContext[Any] = RunContext(
         episode_id=state.episode_id,
-        agent_path=run.spec.path,
+        agent_path=agent.spec.path,
         call_id=call.id,
         deps=state.deps,
-        resources=run.resources,
+        resources=agent.resources,
         files=state.files,
-        is_retry=_is_retry(run),
+        is_retry=_is_retry(agent),
     )
     if not state.hooks:
         output = await tool(call.arguments, context)
@@ -176,17 +171,19 @@ async def _call(run: AgentRun, tool: Tool, call: ToolCall) -> ToolOutput:
 
         around: Callable[[ToolCall], Awaitable[ToolOutput]] = proceed
         for hooks in reversed(state.hooks):
-            around = partial(_around_tool_call, hooks, run.info, around)
+            around = partial(_around_tool_call, hooks, agent.info, around)
         output = await around(call)
     if not isinstance(output, ToolOutput):
         raise TypeError(f"a tool must return a ToolOutput, got {type(output).__name__}")
     return output
 
 
-def _is_retry(run: AgentRun) -> bool:
+def _is_retry(agent: LivingAgent) -> bool:
     """Whether the call belongs to a turn of the record but has no result there."""
-    recorded = run.recorded
-    return recorded is not None and run.state.graph.lengths[run.spec.path] <= len(recorded.turns)
+    recorded = agent.recorded
+    return recorded is not None and agent.state.graph.lengths[agent.spec.path] <= len(
+        recorded.turns
+    )
 
 
 async def _around_tool_call(
