@@ -1,6 +1,6 @@
 """HTTP to a model server: one pooled session, typed errors, one rule for asking again.
 
-    Retry.run(attempt) ──> ServerClient.post(path, json) ──> aiohttp session (kept-alive)
+    Retry.run(attempt) ──> ServerClient.post(path, json) ──> Pace ──> aiohttp session (kept-alive)
 
 What went wrong decides the error, and the error decides whether to ask again:
 
@@ -28,6 +28,7 @@ import anyio
 import tenacity
 
 from swarm_sdk.errors import ConfigError, ContextOverflow, ModelError
+from swarm_sdk.model_backend.pacing import Pace
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 AnswerT = TypeVar("AnswerT")
 
 _RETRYABLE_STATUSES: Final = frozenset({408, 429, 500, 502, 503, 504})
+_OVERLOADED: Final = frozenset({429, 503})
+"""What slows down all calls of the process to the server."""
 _LONGEST_QUOTE: Final = 400
 """Characters of a server's error message that ours repeats."""
 
@@ -145,6 +148,7 @@ class ServerClient:
         self._timeout_s = timeout_s
         self._max_connections = max_connections
         self._sessions: dict[asyncio.AbstractEventLoop, aiohttp.ClientSession] = {}
+        self._pace: tuple[asyncio.AbstractEventLoop, Pace] | None = None
 
     async def post(self, path: str, payload: Mapping[str, Any]) -> Any:
         """Send ``payload`` once and give back the parsed answer.
@@ -167,6 +171,26 @@ class ServerClient:
 
     async def _call(self, method: str, path: str, payload: Mapping[str, Any] | None) -> Any:
         url = self.base_url + path
+        pace = self._pace_of(asyncio.get_running_loop())
+        began_s = await pace.enter() if method == "POST" else 0.0
+        try:
+            answer = await self._send(method, url, payload)
+        except _BusyError as error:
+            if error.status in _OVERLOADED:
+                pace.overloaded(began_s, error.retry_after_s)
+            raise
+        finally:
+            if method == "POST":
+                pace.leave()
+        pace.answered()
+        return answer
+
+    def _pace_of(self, loop: asyncio.AbstractEventLoop) -> Pace:
+        if self._pace is None or self._pace[0] is not loop:
+            self._pace = (loop, Pace.of(self.base_url))
+        return self._pace[1]
+
+    async def _send(self, method: str, url: str, payload: Mapping[str, Any] | None) -> Any:
         try:
             async with self._session().request(method, url, json=payload) as response:
                 body = await response.read()

@@ -32,6 +32,7 @@ from swarm_sdk.runtime.episode import (
 from swarm_sdk.runtime.events import Event, EventsDropped
 from swarm_sdk.runtime.spawn import SubagentConfig
 from swarm_sdk.runtime.state import Gate, Limits
+from swarm_sdk.runtime.tool_calls import first_of
 from swarm_sdk.tools.function import FunctionTool
 from swarm_sdk.traces.ledger import Ledger
 from swarm_sdk.traces.schema import TRACER_NAME
@@ -282,17 +283,20 @@ class Swarm:
                 is_over = True
                 has_news.set()
 
-        async with anyio.create_task_group() as group:
-            group.start_soon(produce, name="run_stream")
-            while waiting or not is_over:
-                if num_dropped:
-                    count, num_dropped = num_dropped, 0
-                    yield EventsDropped(count=count)
-                if waiting:
-                    yield waiting.popleft()
-                else:
-                    has_news = anyio.Event()
-                    await has_news.wait()
+        try:
+            async with anyio.create_task_group() as group:
+                group.start_soon(produce, name="run_stream")
+                while waiting or not is_over:
+                    if num_dropped:
+                        count, num_dropped = num_dropped, 0
+                        yield EventsDropped(count=count)
+                    if waiting:
+                        yield waiting.popleft()
+                    else:
+                        has_news = anyio.Event()
+                        await has_news.wait()
+        except BaseExceptionGroup as failures:  # of the episode, or the consumer that left
+            raise first_of(failures) from failures
 
     async def resume(
         self,

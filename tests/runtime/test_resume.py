@@ -264,9 +264,7 @@ def test_a_context_that_was_begun_anew_is_made_again_from_the_record(tmp_path: P
         return text
 
     def swarm() -> Swarm:
-        return Swarm(
-            ScriptedModel(policy), tools=[note], runs=tmp_path, context=DiscardAll(1500)
-        )
+        return Swarm(ScriptedModel(policy), tools=[note], runs=tmp_path, context=DiscardAll(1500))
 
     result = swarm().run_sync("go")
     assert result.status == "failed"
