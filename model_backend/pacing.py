@@ -24,9 +24,9 @@ SHRINK = 0.5
 class Pace:
     """The calls of this process to one server."""
 
-    _known: ClassVar[
-        WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, Pace]]
-    ] = WeakKeyDictionary()
+    _known: ClassVar[WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, Pace]]] = (
+        WeakKeyDictionary()
+    )
     """By event loop, since futures belong to one; a process has one, save in scripts and tests."""
 
     def __init__(self, first_limit: float = FIRST_LIMIT) -> None:

@@ -30,6 +30,7 @@ from swarm_sdk.runtime.episode import (
     run_episode,
 )
 from swarm_sdk.runtime.events import Event, EventsDropped
+from swarm_sdk.runtime.rollouts import RolloutManager
 from swarm_sdk.runtime.spawn import SubagentConfig
 from swarm_sdk.runtime.state import Gate, Limits
 from swarm_sdk.runtime.tool_calls import first_of
@@ -319,6 +320,17 @@ class Swarm:
         """
         settings = self.settings(output_type=output_type, deps=deps)
         return await resume_episode(episode_id, settings, self.open_ledger(), self.tracer, on_event)
+
+    def rollouts(self, *, max_episodes: int = 256) -> RolloutManager:
+        """A manager that runs this swarm on the tasks of environments, for evals and training.
+
+        Raises:
+            ConfigError: ``max_episodes`` is below 1, or the model cannot be opened.
+            LedgerError: the ledger cannot be opened.
+        """
+        return RolloutManager(
+            self.settings(), self.open_ledger(), self.tracer, max_episodes=max_episodes
+        )
 
     async def aclose(self) -> None:
         """Close the ledger and the models that the swarm opened; ``run`` opens them again."""

@@ -3,6 +3,7 @@
 import time
 
 import anyio
+import anyio.lowlevel
 import pytest
 from aiohttp import web
 
@@ -51,7 +52,7 @@ def test_calls_wait_in_order_and_a_cancelled_one_leaves_the_queue():
         scope = anyio.CancelScope()
         async with anyio.create_task_group() as group:
             group.start_soon(one, "a")
-            await anyio.sleep(0)
+            await anyio.lowlevel.checkpoint()
             group.start_soon(one, "b", scope)
             group.start_soon(one, "c")
             group.start_soon(one, "d")

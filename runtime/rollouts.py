@@ -1,0 +1,190 @@
+"""The rollout manager: episodes of environments by the thousand, within bounds.
+
+    tasks ─> place (max_episodes) ─> toolset ─> episode ─> judge ─> Rollout
+                                        ▲           │ gate: pause between two turns
+                                        └───────────┴─ sub-rollouts of tools and judges: no place
+                                                        of their own, their parent's waits for them
+
+Paused episodes stay where they are between two turns; when they go on, further turns carry the
+policy version of the weights that sample them: a partial rollout (report, appendix D; Kimi K2,
+section 3.3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable
+from contextvars import ContextVar
+from dataclasses import replace
+from typing import Any
+
+import anyio
+from opentelemetry import trace
+
+from swarm_sdk.errors import ConfigError, LedgerError
+from swarm_sdk.runtime.environment import Environment, EnvTask, Rollout
+from swarm_sdk.runtime.episode import EpisodeSettings, Result, check_names, run_episode
+from swarm_sdk.runtime.tool_calls import first_of
+from swarm_sdk.traces.ledger import Ledger
+
+_is_inside: ContextVar[bool] = ContextVar("swarm_sdk_rollout", default=False)
+"""Whether the code that runs belongs to a rollout that holds a place already."""
+
+
+class RolloutManager:
+    """Runs episodes of environments with bounds on what they hold together.
+
+    Args:
+        settings: how episodes are run (``Swarm.settings()``); all share its gate.
+        ledger: where they are recorded.
+        tracer: where spans go.
+        max_episodes: episodes alive at one time; more wait. Each holds its toolset (sandboxes),
+            its agents' contexts and at most ``max_parallel`` agents.
+    """
+
+    def __init__(
+        self,
+        settings: EpisodeSettings,
+        ledger: Ledger,
+        tracer: trace.Tracer,
+        *,
+        max_episodes: int = 256,
+    ) -> None:
+        """Keep what rollouts need; nothing is started.
+
+        Raises:
+            ConfigError: ``max_episodes`` is below 1.
+        """
+        if max_episodes < 1:
+            raise ConfigError(f"max_episodes must be at least 1, got {max_episodes}")
+        self.gate = settings.gate
+        self._settings = settings
+        self._ledger = ledger
+        self._tracer = tracer
+        self._places = anyio.CapacityLimiter(max_episodes)
+        self._scopes: dict[tuple[str, int], anyio.CancelScope] = {}
+
+    @property
+    def num_running(self) -> int:
+        """Episodes alive now, sub-rollouts not counted."""
+        return self._places.borrowed_tokens
+
+    async def pause(self) -> None:
+        """Stop all episodes between two turns; returns when no model call runs any more."""
+        await self.gate.close()
+
+    def resume(self) -> None:
+        """Let paused episodes go on."""
+        self.gate.open()
+
+    def abort(self, task_id: str, sample: int = 0) -> None:
+        """Cancel one episode that runs; its record stays and can be resumed."""
+        scope = self._scopes.get((task_id, sample))
+        if scope is not None:
+            scope.cancel()
+
+    async def rollout(self, environment: Environment, task: EnvTask, sample: int = 0) -> Rollout:
+        """Run one episode of a task and judge it.
+
+        Called from inside a rollout (a tool, a judge) it is a sub-rollout: it runs in its parent's
+        place, so that parents never wait for a place that their children need.
+
+        Raises:
+            LedgerError: the record cannot be written.
+        """
+        if _is_inside.get():
+            return await self._run(environment, task, sample)
+        async with self._places:
+            token = _is_inside.set(True)
+            try:
+                return await self._run(environment, task, sample)
+            finally:
+                _is_inside.reset(token)
+
+    async def run(
+        self,
+        environment: Environment,
+        tasks: Iterable[EnvTask] | None = None,
+        *,
+        samples_per_task: int = 1,
+    ) -> AsyncIterator[Rollout]:
+        """Yield a rollout for each sample of each task, as they end.
+
+        ``tasks`` are the environment's own unless given. Tasks are taken from the iterable only as
+        places come free, so it may be endless. Leaving the iterator cancels what runs.
+
+        Raises:
+            ConfigError: ``samples_per_task`` is below 1.
+            LedgerError: the record cannot be written.
+        """
+        if samples_per_task < 1:
+            raise ConfigError(f"samples_per_task must be at least 1, got {samples_per_task}")
+        waiting = environment.tasks() if tasks is None else iter(tasks)
+        send, receive = anyio.create_memory_object_stream[Rollout](0)
+        room = anyio.Semaphore(int(self._places.total_tokens))
+
+        async def one(task: EnvTask, sample: int) -> None:
+            try:
+                rollout = await self.rollout(environment, task, sample)
+            finally:
+                room.release()
+            await send.send(rollout)
+
+        async def feed() -> None:
+            async with send, anyio.create_task_group() as group:
+                for task in waiting:
+                    for sample in range(samples_per_task):
+                        await room.acquire()
+                        group.start_soon(one, task, sample, name=f"rollout {task.id}.{sample}")
+
+        try:
+            async with anyio.create_task_group() as outer:
+                outer.start_soon(feed, name="rollouts")
+                with receive:
+                    async for rollout in receive:
+                        yield rollout
+                outer.cancel_scope.cancel()
+        except BaseExceptionGroup as failures:  # of an episode's record, or a consumer that left
+            raise first_of(failures) from failures
+
+    async def _run(self, environment: Environment, task: EnvTask, sample: int) -> Rollout:
+        with anyio.CancelScope() as scope:
+            self._scopes[task.id, sample] = scope
+            try:
+                return await self._judged(environment, task, sample)
+            finally:
+                self._scopes.pop((task.id, sample), None)
+        return Rollout(
+            task=task, sample=sample, result=None, rewards={}, error="the rollout was aborted"
+        )
+
+    async def _judged(self, environment: Environment, task: EnvTask, sample: int) -> Rollout:
+        settings = self._settings
+        result: Result[Any] | None = None
+        rewards: dict[str, float]
+        try:
+            async with environment.toolset(task) as tools:
+                if tools:
+                    both = [*settings.tools.values(), *tools]
+                    settings = replace(settings, tools=check_names(both))
+                if settings.seed is not None:
+                    settings = replace(settings, seed=settings.seed + sample)
+                launch = {"environment": environment.name, "task": task.id, "sample": sample}
+                settings = replace(settings, launch=launch)
+                result = await run_episode(task.task, settings, self._ledger, self._tracer)
+                rewards, failure = await self._rewards(environment, task, result)
+        except LedgerError:
+            raise
+        except Exception as error:  # noqa: BLE001 - the boundary: environments are others' code
+            rewards, failure = {}, f"{type(error).__name__}: {error}"
+        return Rollout(task=task, sample=sample, result=result, rewards=rewards, error=failure)
+
+    async def _rewards(
+        self, environment: Environment, task: EnvTask, result: Result[Any]
+    ) -> tuple[dict[str, float], str | None]:
+        """What the judge says; what it raises never reaches the toolset that is still open."""
+        try:
+            return dict(await environment.judge(task, result, self)), None
+        except LedgerError:
+            raise
+        except Exception as error:  # noqa: BLE001 - the boundary, as above
+            return {}, f"{type(error).__name__}: {error}"
