@@ -30,10 +30,10 @@ class Pace:
     """By event loop, since futures belong to one; a process has one, save in scripts and tests."""
 
     def __init__(self, first_limit: float = FIRST_LIMIT) -> None:
-        self.limit = first_limit
+        self.limit: float = first_limit
         """How many calls may be in flight."""
-        self.num_in_flight = 0
-        self.num_cuts = 0
+        self.num_in_flight: int = 0
+        self.num_cuts: int = 0
         """How often the limit was cut."""
         self._first_limit = first_limit
         self._waiting: deque[asyncio.Future[None]] = deque()

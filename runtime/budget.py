@@ -87,19 +87,19 @@ class Scope:
 
     def __init__(self, budget: Budget, parent: Scope | None = None, name: str = "") -> None:
         """``name`` says in errors whose budget it is; empty for the episode's own."""
-        self.budget = budget
-        self.parent = parent
-        self.name = name
-        self.steps = 0
+        self.budget: Budget = budget
+        self.parent: Scope | None = parent
+        self.name: str = name
+        self.steps: int = 0
         """Steps admitted; a step is never given back, for the model was asked."""
-        self.tokens = 0
-        self.reserved_tokens = 0
-        self.input_tokens = 0
-        self.reserved_input_tokens = 0
-        self.cost_usd = 0.0
-        self.reserved_usd = 0.0
-        self.agents = 0
-        self.started_s = time.monotonic()
+        self.tokens: int = 0
+        self.reserved_tokens: int = 0
+        self.input_tokens: int = 0
+        self.reserved_input_tokens: int = 0
+        self.cost_usd: float = 0.0
+        self.reserved_usd: float = 0.0
+        self.agents: int = 0
+        self.started_s: float = time.monotonic()
 
     def chain(self) -> Iterator[Scope]:
         """This scope and those around it, outwards."""
@@ -208,17 +208,17 @@ class AgentMeter:
         price: Price = FREE,
     ) -> None:
         """``scope`` is the innermost one; ``parent`` the meter of the agent that launches it."""
-        self.scope = scope
-        self.max_steps = max_steps
-        self.parent = parent
-        self.price = price
+        self.scope: Scope = scope
+        self.max_steps: int = max_steps
+        self.parent: AgentMeter | None = parent
+        self.price: Price = price
         self.level: int = 0 if parent is None else parent.level + 1
         """0 for the orchestrator."""
         self.start_depth: int = 0 if parent is None else parent.launch_depth
         self.depth: int = self.start_depth
         self.launch_depth: int = self.start_depth
         """``depth`` right after the agent's last step: where the children of that step begin."""
-        self.steps = 0
+        self.steps: int = 0
 
     @property
     def critical_steps(self) -> int:

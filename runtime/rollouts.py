@@ -23,6 +23,7 @@ from opentelemetry import trace
 from swarm_sdk.errors import ConfigError, LedgerError
 from swarm_sdk.runtime.environment import Environment, EnvTask, Rollout
 from swarm_sdk.runtime.episode import EpisodeSettings, Result, check_names, run_episode
+from swarm_sdk.runtime.state import Gate
 from swarm_sdk.runtime.tool_calls import first_of
 from swarm_sdk.traces.ledger import Ledger
 
@@ -56,7 +57,7 @@ class RolloutManager:
         """
         if max_episodes < 1:
             raise ConfigError(f"max_episodes must be at least 1, got {max_episodes}")
-        self.gate = settings.gate
+        self.gate: Gate = settings.gate
         self._settings = settings
         self._ledger = ledger
         self._tracer = tracer

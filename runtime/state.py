@@ -86,7 +86,7 @@ class Gate:
     def __init__(self) -> None:
         self._reopened: anyio.Event | None = None
         self._idle: anyio.Event | None = None
-        self.num_inside = 0
+        self.num_inside: int = 0
         """Model calls that run now."""
 
     @property

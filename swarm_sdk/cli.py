@@ -26,13 +26,13 @@ if TYPE_CHECKING:
     from swarm_sdk.runtime.episode import Result
     from swarm_sdk.swarm import Swarm
 
-app = typer.Typer(
+app: typer.Typer = typer.Typer(
     help="Run, record and read agent swarms.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-trace_app = typer.Typer(help="Read recorded episodes.", no_args_is_help=True)
+trace_app: typer.Typer = typer.Typer(help="Read recorded episodes.", no_args_is_help=True)
 app.add_typer(trace_app, name="trace")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]

@@ -50,7 +50,7 @@ class Progress:
 
     def __init__(self, title: str, console: Console | None = None) -> None:
         self.title = title
-        self.console = console or Console(stderr=True)
+        self.console: Console = console or Console(stderr=True)
         self.rows: dict[str, _Row] = {}
         self._live = Live(self, console=self.console, refresh_per_second=8, transient=True)
         self._is_live = self.console.is_terminal

@@ -136,7 +136,7 @@ class Swarm:
         self._durable = durable
         self._seed = seed
         self._api_key = api_key
-        self.tracer = trace.get_tracer(TRACER_NAME, tracer_provider=tracer_provider)
+        self.tracer: trace.Tracer = trace.get_tracer(TRACER_NAME, tracer_provider=tracer_provider)
         self._opened: dict[str, Model] = {}
         self._ledger: Ledger | None = None
 

@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     from swarm_sdk.atlas.teach import Mix
     from swarm_sdk.traces.parl.sft import Row
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app: typer.Typer = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+)
 
 NANO = nano_directory()
 ROWS_PER_MESSAGE = 64

@@ -203,8 +203,8 @@ class Ledger:
     def __init__(
         self, directory: Path | str, *, readonly: bool = False, durable: bool = False
     ) -> None:
-        self.directory = Path(directory)
-        self.path = self.directory / FILE_NAME
+        self.directory: Path = Path(directory)
+        self.path: Path = self.directory / FILE_NAME
         self._lock = threading.RLock()
         self._rows: list[Row] = []
         self._failure: LedgerError | None = None

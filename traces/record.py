@@ -41,10 +41,10 @@ class AgentRecorder:
         span: SpanContext | None,
     ) -> None:
         """``span`` is the agent's own, as ``EpisodeSpans.agent`` gave it."""
-        self.ledger = ledger
-        self.episode_id = episode_id
-        self.path = path
-        self.stage = 0
+        self.ledger: Ledger = ledger
+        self.episode_id: str = episode_id
+        self.path: str = path
+        self.stage: int = 0
         """Index of the agent's current turn."""
         self._spans = spans
         self._span = span

@@ -31,8 +31,8 @@ class EpisodeSpans:
 
     def __init__(self, tracer: trace.Tracer, root: trace.Span) -> None:
         """``root`` is the episode's span, current now."""
-        self.tracer = tracer
-        self.is_on = root.is_recording()
+        self.tracer: trace.Tracer = tracer
+        self.is_on: bool = root.is_recording()
         """Whether anybody collects the spans of this episode."""
         self._root: ReadableSpan | None = None
         self._root_context = root.get_span_context()

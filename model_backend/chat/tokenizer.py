@@ -142,9 +142,9 @@ class Tokenizer:
             ConfigError: the ranks are not 0 … n - 1, or some of the 256 bytes have none.
         """
         _check_ranks(ranks)
-        self.ranks = dict(sorted(ranks.items(), key=lambda item: item[1]))
-        self.num_base_tokens = len(ranks)
-        self.special = SpecialIds.after(self.num_base_tokens)
+        self.ranks: dict[bytes, int] = dict(sorted(ranks.items(), key=lambda item: item[1]))
+        self.num_base_tokens: int = len(ranks)
+        self.special: SpecialIds = SpecialIds.after(self.num_base_tokens)
         self.special_names: dict[int, str] = {
             token_id: SPECIAL_NAMES.get(slot, f"<|reserved_token_{token_id}|>")
             for slot, token_id in enumerate(range(self.num_base_tokens, self.num_tokens))

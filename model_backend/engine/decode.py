@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from swarm_sdk.model_backend.engine.rows import Band
+    from swarm_sdk.model_backend.model.config import TextConfig
     from swarm_sdk.model_backend.model.kimi import DecoderLayer, KimiModel
 
 
@@ -101,12 +102,15 @@ class DecodeNetwork:
 
     @torch.inference_mode()
     def __init__(self, model: KimiModel) -> None:
-        self.config = config = model.config.text_config
-        self.embedding = model.embed_tokens.weight
-        self.layers = [_Layer.of(cast("DecoderLayer", layer)) for layer in model.layers]
-        self.lm_head = _transposed(model.lm_head.weight * model.norm.weight)
-        self.rotation = text_rotation(torch.arange(config.max_position_embeddings), config)
-        self.eps = torch.tensor(config.rms_norm_eps)
+        config = model.config.text_config
+        self.config: TextConfig = config
+        self.embedding: Tensor = model.embed_tokens.weight
+        self.layers: list[_Layer] = [
+            _Layer.of(cast("DecoderLayer", layer)) for layer in model.layers
+        ]
+        self.lm_head: Tensor = _transposed(model.lm_head.weight * model.norm.weight)
+        self.rotation: Tensor = text_rotation(torch.arange(config.max_position_embeddings), config)
+        self.eps: Tensor = torch.tensor(config.rms_norm_eps)
 
     def logits(
         self, ids_B: Tensor, positions_B: Tensor, bands: list[Band], kv_YBW: Tensor

@@ -80,10 +80,10 @@ class EmbeddedEngine:
         ):
             if count < 1:
                 raise ConfigError(f"{name} must be at least 1, got {count}")
-        self.model = model.eval()
-        self.weight_version = weight_version
+        self.model: KimiModel = model.eval()
+        self.weight_version: int = weight_version
         context_tokens = model.config.text_config.max_position_embeddings
-        self.limit_tokens = min(context_tokens, num_pages * page_size)
+        self.limit_tokens: int = min(context_tokens, num_pages * page_size)
         """Prompt and completion of one request together."""
         self._table = PageTable(num_pages, page_size)
         self._scheduler = Scheduler(

@@ -33,7 +33,8 @@ class PageTable:
     """Who holds which page; knows nothing of tensors."""
 
     def __init__(self, num_pages: int, page_size: int) -> None:
-        self.num_pages, self.page_size = num_pages, page_size
+        self.num_pages: int = num_pages
+        self.page_size: int = page_size
         self.clear()
 
     def clear(self) -> None:

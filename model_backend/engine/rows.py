@@ -45,7 +45,8 @@ class DecodeRows:
     """The rows of all sequences that decode now."""
 
     def __init__(self, pool: Tensor, slots_of: Callable[[Sequence], Tensor]) -> None:
-        self.pool, self.slots_of = pool, slots_of
+        self.pool: Tensor = pool
+        self.slots_of: Callable[[Sequence], Tensor] = slots_of
         self.bands: dict[int, Band] = {}
 
     def update(self, decoding: Iterable[Sequence]) -> list[Band]:

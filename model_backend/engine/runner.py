@@ -37,18 +37,21 @@ class Runner:
     """The model and its cache on the device; knows nothing of requests' lives."""
 
     def __init__(self, model: KimiModel, *, num_pages: int, page_size: int) -> None:
-        self.model, self.page_size = model, page_size
-        self.weight = model.embed_tokens.weight.detach()
-        self.kv = kv_pool(model.config.text_config, num_pages * page_size, self.weight)
-        self.offsets = torch.arange(page_size, device=self.weight.device)
-        self.rows = DecodeRows(self.kv, self._computed_slots)
+        self.model: KimiModel = model
+        self.page_size: int = page_size
+        self.weight: Tensor = model.embed_tokens.weight.detach()
+        self.kv: Tensor = kv_pool(model.config.text_config, num_pages * page_size, self.weight)
+        self.offsets: Tensor = torch.arange(page_size, device=self.weight.device)
+        self.rows: DecodeRows = DecodeRows(self.kv, self._computed_slots)
         self.refresh_weights()
 
     def refresh_weights(self) -> None:
         """Prepare what is derived from the weights; to be called after they change."""
         self.rows.clear()
         is_supported = DecodeNetwork.supports(self.model)
-        self.decode_network = DecodeNetwork(self.model) if is_supported else None
+        self.decode_network: DecodeNetwork | None = (
+            DecodeNetwork(self.model) if is_supported else None
+        )
 
     @torch.inference_mode()
     def run(self, chunks: List[Chunk]) -> list[tuple[int, float]]:

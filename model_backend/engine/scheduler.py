@@ -54,8 +54,8 @@ class Scheduler:
         """In order of admission: the last one is the first to be preempted."""
         self.is_draining = False
         """Whether only sequences that have run before are admitted."""
-        self.num_preemptions = 0
-        self.num_computed_prompt_tokens = 0
+        self.num_preemptions: int = 0
+        self.num_computed_prompt_tokens: int = 0
 
     @property
     def has_work(self) -> bool:

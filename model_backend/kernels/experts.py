@@ -140,13 +140,17 @@ class DecodeExperts:
         num_chosen: int,
         scaling_factor: float,
     ) -> None:
-        self.router_DE, self.bias_E = router_DE, bias_E
-        self.num_chosen, self.scaling_factor = num_chosen, scaling_factor
-        self.gate_up_ED2I = gate_up_E2ID.transpose(1, 2).contiguous()
-        self.down_EID = down_EDI.transpose(1, 2).contiguous()
-        self.gate_up, self.down = gate_up_E2ID.unbind(), down_EDI.unbind()
-        self.gate_up_t, self.down_t = self.gate_up_ED2I.unbind(), self.down_EID.unbind()
-        self.experts_E = torch.arange(len(self.down))
+        self.router_DE: Tensor = router_DE
+        self.bias_E: Tensor = bias_E
+        self.num_chosen: int = num_chosen
+        self.scaling_factor: float = scaling_factor
+        self.gate_up_ED2I: Tensor = gate_up_E2ID.transpose(1, 2).contiguous()
+        self.down_EID: Tensor = down_EDI.transpose(1, 2).contiguous()
+        self.gate_up: tuple[Tensor, ...] = gate_up_E2ID.unbind()
+        self.down: tuple[Tensor, ...] = down_EDI.unbind()
+        self.gate_up_t: tuple[Tensor, ...] = self.gate_up_ED2I.unbind()
+        self.down_t: tuple[Tensor, ...] = self.down_EID.unbind()
+        self.experts_E: Tensor = torch.arange(len(self.down))
 
     def __call__(self, x_TD: Tensor) -> Tensor:
         """Output [T, D] of the chosen experts, weighted."""

@@ -36,10 +36,12 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: TextConfig, layer_index: int) -> None:
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = LatentAttention(config, layer_index)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = (
+        self.input_layernorm: nn.RMSNorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn: LatentAttention = LatentAttention(config, layer_index)
+        self.post_attention_layernorm: nn.RMSNorm = nn.RMSNorm(
+            config.hidden_size, eps=config.rms_norm_eps
+        )
+        self.mlp: SwiGLU | MixtureOfExperts = (
             SwiGLU(config.hidden_size, config.intermediate_size)
             if layer_index < config.first_k_dense_replace
             else MixtureOfExperts(config)
@@ -70,14 +72,14 @@ class KimiModel(nn.Module):
         super().__init__()
         self.config = config
         text = config.text_config
-        self.embed_tokens = nn.Embedding(text.vocab_size, text.hidden_size)
-        self.layers = nn.ModuleList(
+        self.embed_tokens: nn.Embedding = nn.Embedding(text.vocab_size, text.hidden_size)
+        self.layers: nn.ModuleList = nn.ModuleList(
             DecoderLayer(text, layer_index) for layer_index in range(text.num_hidden_layers)
         )
-        self.norm = nn.RMSNorm(text.hidden_size, eps=text.rms_norm_eps)
-        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
-        self.vision_tower = VisionTower(config.vision_config)
-        self.mm_projector = Projector(config.vision_config)
+        self.norm: nn.RMSNorm = nn.RMSNorm(text.hidden_size, eps=text.rms_norm_eps)
+        self.lm_head: nn.Linear = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.vision_tower: VisionTower = VisionTower(config.vision_config)
+        self.mm_projector: Projector = Projector(config.vision_config)
 
     def forward(
         self,

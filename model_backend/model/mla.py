@@ -61,7 +61,7 @@ class FullAttention:
 
     def __init__(self, config: TextConfig, seq_lens: Sequence[int]) -> None:
         self.config = config
-        self.seq_lens = tuple(seq_lens)
+        self.seq_lens: tuple[int, ...] = tuple(seq_lens)
 
     def attend(
         self,
@@ -149,16 +149,19 @@ class LatentAttention(nn.Module):
 
     def __init__(self, config: TextConfig, layer_index: int) -> None:
         super().__init__()
-        self.config, self.layer_index = config, layer_index
+        self.config: TextConfig = config
+        self.layer_index: int = layer_index
         heads, q_rank, kv_rank = config.num_attention_heads, config.q_lora_rank, config.kv_lora_rank
-        self.a_sizes = [q_rank, kv_rank, config.qk_rope_head_dim]
-        self.qkv_a_proj = nn.Linear(config.hidden_size, sum(self.a_sizes), bias=False)
-        self.q_a_layernorm = nn.RMSNorm(q_rank, eps=config.rms_norm_eps)
-        self.q_b_proj = nn.Linear(q_rank, heads * config.qk_head_dim, bias=False)
-        self.kv_a_layernorm = nn.RMSNorm(kv_rank, eps=config.rms_norm_eps)
+        self.a_sizes: list[int] = [q_rank, kv_rank, config.qk_rope_head_dim]
+        self.qkv_a_proj: nn.Linear = nn.Linear(config.hidden_size, sum(self.a_sizes), bias=False)
+        self.q_a_layernorm: nn.RMSNorm = nn.RMSNorm(q_rank, eps=config.rms_norm_eps)
+        self.q_b_proj: nn.Linear = nn.Linear(q_rank, heads * config.qk_head_dim, bias=False)
+        self.kv_a_layernorm: nn.RMSNorm = nn.RMSNorm(kv_rank, eps=config.rms_norm_eps)
         kv_dim = config.qk_nope_head_dim + config.v_head_dim
-        self.kv_b_proj = nn.Linear(kv_rank, heads * kv_dim, bias=False)
-        self.o_proj = nn.Linear(heads * config.v_head_dim, config.hidden_size, bias=False)
+        self.kv_b_proj: nn.Linear = nn.Linear(kv_rank, heads * kv_dim, bias=False)
+        self.o_proj: nn.Linear = nn.Linear(
+            heads * config.v_head_dim, config.hidden_size, bias=False
+        )
 
     def forward(self, x_TD: Tensor, rotation_TP: Tensor, attention: AttentionContext) -> Tensor:
         """Return the attention output [T, D], before the residual sum."""

@@ -30,8 +30,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
-        self.gate_up_proj = nn.Linear(hidden_size, 2 * intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.gate_up_proj: nn.Linear = nn.Linear(hidden_size, 2 * intermediate_size, bias=False)
+        self.down_proj: nn.Linear = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """Return the output [T, D]."""
@@ -47,9 +47,11 @@ class Router(nn.Module):
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.num_chosen = config.num_experts_per_tok
-        self.routed_scaling_factor = config.routed_scaling_factor
-        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        self.num_chosen: int = config.num_experts_per_tok
+        self.routed_scaling_factor: float = config.routed_scaling_factor
+        self.weight: nn.Parameter = nn.Parameter(
+            torch.empty(config.n_routed_experts, config.hidden_size)
+        )
         bias_E = torch.zeros(config.n_routed_experts, dtype=torch.float32)
         self.register_buffer("e_score_correction_bias", bias_E)
 
@@ -71,8 +73,12 @@ class Experts(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         num_experts, inner = config.n_routed_experts, config.moe_intermediate_size
-        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * inner, config.hidden_size))
-        self.down_proj = nn.Parameter(torch.empty(num_experts, config.hidden_size, inner))
+        self.gate_up_proj: nn.Parameter = nn.Parameter(
+            torch.empty(num_experts, 2 * inner, config.hidden_size)
+        )
+        self.down_proj: nn.Parameter = nn.Parameter(
+            torch.empty(num_experts, config.hidden_size, inner)
+        )
 
     def forward(self, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """Return the weighted sum [T, D] of the chosen experts' outputs."""
@@ -84,10 +90,10 @@ class MixtureOfExperts(nn.Module):
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.gate = Router(config)
-        self.experts = Experts(config)
+        self.gate: Router = Router(config)
+        self.experts: Experts = Experts(config)
         shared_size = config.moe_intermediate_size * config.n_shared_experts
-        self.shared_experts = SwiGLU(config.hidden_size, shared_size)
+        self.shared_experts: SwiGLU = SwiGLU(config.hidden_size, shared_size)
 
     def forward(self, x_TD: Tensor, chosen_experts: list[Tensor] | None = None) -> Tensor:
         """Return the output [T, D]; append the chosen ids [T, K] to ``chosen_experts`` if given."""

@@ -37,9 +37,9 @@ class PatchPositions(nn.Module):
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.num_frames = config.init_pos_emb_time
+        self.num_frames: int = config.init_pos_emb_time
         size = (config.init_pos_emb_height, config.init_pos_emb_width, config.vt_hidden_size)
-        self.weight = nn.Parameter(torch.empty(size))
+        self.weight: nn.Parameter = nn.Parameter(torch.empty(size))
 
     def forward(self, grids: Sequence[Grid]) -> Tensor:
         """Return the positions [P, D] of all patches."""
@@ -69,8 +69,8 @@ class PatchEmbed(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         size = config.patch_size
-        self.proj = nn.Conv2d(3, config.vt_hidden_size, kernel_size=size, stride=size)
-        self.pos_emb = PatchPositions(config)
+        self.proj: nn.Conv2d = nn.Conv2d(3, config.vt_hidden_size, kernel_size=size, stride=size)
+        self.pos_emb: PatchPositions = PatchPositions(config)
 
     def forward(self, patches_PC: Tensor, grids: Sequence[Grid]) -> Tensor:
         """Return the embedded patches [P, D]."""
@@ -84,8 +84,8 @@ class VisionMLP(nn.Module):
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.fc0 = nn.Linear(config.vt_hidden_size, config.vt_intermediate_size)
-        self.fc1 = nn.Linear(config.vt_intermediate_size, config.vt_hidden_size)
+        self.fc0: nn.Linear = nn.Linear(config.vt_hidden_size, config.vt_intermediate_size)
+        self.fc1: nn.Linear = nn.Linear(config.vt_intermediate_size, config.vt_hidden_size)
 
     def forward(self, x_PD: Tensor) -> Tensor:
         """Return the output [P, D]."""
@@ -99,12 +99,12 @@ class VisionBlock(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         size = config.vt_hidden_size
-        self.num_heads = config.vt_num_attention_heads
-        self.norm0 = nn.LayerNorm(size, eps=LAYER_NORM_EPS)
-        self.norm1 = nn.LayerNorm(size, eps=LAYER_NORM_EPS)
-        self.wqkv = nn.Linear(size, 3 * size)
-        self.wo = nn.Linear(size, size)
-        self.mlp = VisionMLP(config)
+        self.num_heads: int = config.vt_num_attention_heads
+        self.norm0: nn.LayerNorm = nn.LayerNorm(size, eps=LAYER_NORM_EPS)
+        self.norm1: nn.LayerNorm = nn.LayerNorm(size, eps=LAYER_NORM_EPS)
+        self.wqkv: nn.Linear = nn.Linear(size, 3 * size)
+        self.wo: nn.Linear = nn.Linear(size, size)
+        self.mlp: VisionMLP = VisionMLP(config)
 
     def forward(self, x_PD: Tensor, rotation: Tensor, item_lens: Sequence[int]) -> Tensor:
         """Return the patches [P, D]; ``item_lens`` are the patches of each item."""
@@ -133,8 +133,10 @@ class VisionEncoder(nn.Module):
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.vt_num_hidden_layers))
-        self.final_layernorm = nn.LayerNorm(config.vt_hidden_size, eps=LAYER_NORM_EPS)
+        self.blocks: nn.ModuleList = nn.ModuleList(
+            VisionBlock(config) for _ in range(config.vt_num_hidden_layers)
+        )
+        self.final_layernorm: nn.LayerNorm = nn.LayerNorm(config.vt_hidden_size, eps=LAYER_NORM_EPS)
 
     def forward(self, x_PD: Tensor, rotation: Tensor, item_lens: Sequence[int]) -> Tensor:
         """Return the encoded patches [P, D]."""
@@ -150,8 +152,8 @@ class VisionTower(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.config = config
-        self.patch_embed = PatchEmbed(config)
-        self.encoder = VisionEncoder(config)
+        self.patch_embed: PatchEmbed = PatchEmbed(config)
+        self.encoder: VisionEncoder = VisionEncoder(config)
 
     def forward(self, patches_PC: Tensor, grids: Sequence[Grid]) -> Tensor:
         """Return pooled patches [M, 4, D]: one row a token, its 2 x 2 patches row by row."""
@@ -186,8 +188,10 @@ class Projector(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         size = config.projector_size
-        self.pre_norm = nn.LayerNorm(config.vt_hidden_size, eps=config.projector_ln_eps)
-        self.proj = nn.Sequential(
+        self.pre_norm: nn.LayerNorm = nn.LayerNorm(
+            config.vt_hidden_size, eps=config.projector_ln_eps
+        )
+        self.proj: nn.Sequential = nn.Sequential(
             nn.Linear(size, size), nn.GELU(), nn.Linear(size, config.text_hidden_size)
         )
 

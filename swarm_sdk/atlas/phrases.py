@@ -40,7 +40,7 @@ DEEP_FORWARD = (
     "{title}: what is its {first}, {then}?",
 )
 ROUNDED = " Round to 2 decimals."
-COMPUTE = {
+COMPUTE: dict[str, tuple[str, ...]] = {
     "total": (
         "What is the total {a} of {names}?" + ROUNDED,
         "What is the sum of the {a} of {names}?" + ROUNDED,
@@ -77,7 +77,7 @@ COMPUTE = {
 }
 DENSITY = "What is the population density of {x} (population divided by area)?" + ROUNDED
 
-LOOK = {
+LOOK: dict[str, tuple[str, ...]] = {
     "count": (
         "How many {things} are in the picture?",
         "How many {things} does {name} show?",
@@ -121,7 +121,7 @@ LOOK = {
         "Give the size of the picture, width x height.",
     ),
 }
-THINGS = {
+THINGS: dict[str, tuple[tuple[str, str], ...]] = {
     "train": (
         *(("disc", "discs"), ("object", "objects"), ("spot", "spots"), ("dot", "dots")),
         *(("square", "squares"), ("shape", "shapes"), ("cell", "cells"), ("particle", "particles")),
@@ -134,7 +134,7 @@ THINGS = {
     ),
 }
 """(one, several) of what pictures may show."""
-PICTURE_NAMES = {
+PICTURE_NAMES: dict[str, tuple[str, ...]] = {
     "train": ("picture", "image", "photo", "scan", "img", "frame", "sample", "view"),
     "heldout": ("plate", "slide", "shot", "field", "exhibit"),
 }

@@ -1,5 +1,6 @@
 """The wheel holds every package, and nothing outside ``swarm_sdk``."""
 
+import os
 import subprocess
 import sys
 import tomllib
@@ -99,3 +100,22 @@ def test_a_host_app_with_folders_of_the_same_names_can_use_the_wheel(
     first, second = done.stdout.strip().splitlines()
     assert first == "tools runtime traces model_backend fine"
     assert second.startswith(str(site))
+
+
+def test_the_public_interface_is_completely_typed(wheel: Path, tmp_path: Path) -> None:
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    binaries = Path(sys.executable).parent
+    done = subprocess.run(
+        [binaries / "pyright", "--verifytypes", "swarm_sdk", "--ignoreexternal"],
+        cwd=tmp_path,
+        env=os.environ
+        | {
+            "PYTHONPATH": str(tmp_path / "site"),
+            "VIRTUAL_ENV": str(binaries.parent),
+            "PATH": f"{binaries}:{os.environ['PATH']}",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "Type completeness score: 100%" in done.stdout, done.stdout[-3000:]

@@ -72,7 +72,7 @@ class CellOutput:
         self._ends_line = True
         self._images: list[Image] = []
         self._execution_count = 0
-        self.has_error = False
+        self.has_error: bool = False
 
     @property
     def text(self) -> str:
