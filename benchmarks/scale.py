@@ -116,9 +116,7 @@ class Echo(Environment):
         for index in range(self.num_tasks):
             yield EnvTask(str(index), Task(f"task {index}"), {"answer": f"{index}"})
 
-    async def judge(
-        self, task: EnvTask, result: Any, rollouts: SubRollouts
-    ) -> Mapping[str, float]:
+    async def judge(self, task: EnvTask, result: Any, rollouts: SubRollouts) -> Mapping[str, float]:
         """Whether both sub-agents reported."""
         del rollouts
         return {"reward": float(result.output == task.facts["answer"])}

@@ -114,6 +114,7 @@ def _end(
         usage=run.usage,
     )
     state.outcomes[spec.path] = outcome
+    state.usage += run.usage
     if run.agent.recorded is None or not run.agent.recorded.is_ended:
         state.ledger.end_agent(
             state.episode_id,
@@ -271,7 +272,10 @@ class _AgentRun:
                 sampling = spec.sampling
                 if reserved.max_tokens != sampling.max_tokens or seed != sampling.seed:
                     sampling = replace(sampling, max_tokens=reserved.max_tokens, seed=seed)
-                turn = await self._hooked(dialogue, sampling)
+                if state.hooks:
+                    turn = await self._hooked(dialogue, sampling)
+                else:
+                    turn = await dialogue.sample(sampling)
                 used = Usage.of(turn.generation)
             finally:
                 spec.meter.settle(reserved, used)
@@ -280,6 +284,7 @@ class _AgentRun:
         return turn
 
     async def _hooked(self, dialogue: Dialogue, sampling: Sampling) -> Turn:
+        """The model call inside the app's hooks."""
         proceed: Callable[[Sampling], Awaitable[Turn]] = dialogue.sample
         for hooks in reversed(self.state.hooks):
             proceed = partial(_around_model_call, hooks, self.agent.info, proceed)
@@ -290,7 +295,6 @@ class _AgentRun:
         state.graph.add_stage(self.spec.path)
         usage = Usage.of(turn.generation)
         self.usage += usage
-        state.usage += usage
         if state.emit is not None:
             state.emit(
                 StepFinished(

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 from swarm_sdk.errors import BudgetExceeded, ConfigError
@@ -80,6 +79,7 @@ class Scope:
         "reserved_input_tokens",
         "reserved_tokens",
         "reserved_usd",
+        "scopes",
         "started_s",
         "steps",
         "tokens",
@@ -89,6 +89,8 @@ class Scope:
         """``name`` says in errors whose budget it is; empty for the episode's own."""
         self.budget: Budget = budget
         self.parent: Scope | None = parent
+        self.scopes: tuple[Scope, ...] = (self, *(parent.scopes if parent is not None else ()))
+        """This scope and those around it, outwards."""
         self.name: str = name
         self.steps: int = 0
         """Steps admitted; a step is never given back, for the model was asked."""
@@ -101,23 +103,11 @@ class Scope:
         self.agents: int = 0
         self.started_s: float = time.monotonic()
 
-    def chain(self) -> Iterator[Scope]:
-        """This scope and those around it, outwards."""
-        scope: Scope | None = self
-        while scope is not None:
-            yield scope
-            scope = scope.parent
-
-    @property
-    def has_cost_limit(self) -> bool:
-        """Whether this scope or one around it limits the cost."""
-        return any(scope.budget.cost_usd is not None for scope in self.chain())
-
     def remaining_s(self) -> float | None:
         """Seconds until the tightest wall-clock limit ends; ``None`` without one."""
         left = [
             scope.budget.wall_s - (time.monotonic() - scope.started_s)
-            for scope in self.chain()
+            for scope in self.scopes
             if scope.budget.wall_s is not None
         ]
         return max(0.0, min(left)) if left else None
@@ -128,9 +118,9 @@ class Scope:
         Raises:
             BudgetExceeded: one of them may launch no more; nothing is counted then.
         """
-        for scope in self.chain():
+        for scope in self.scopes:
             scope.admit("agents", scope.agents, scope.budget.agents)
-        for scope in self.chain():
+        for scope in self.scopes:
             scope.agents += 1
 
     def preload(self, *, steps: int, usage: Usage, usd: float, agents: int, wall_s: float) -> None:
@@ -188,6 +178,7 @@ class AgentMeter:
     """What one agent has used. ``depth`` counts steps from the start of the episode."""
 
     __slots__ = (
+        "_critical",
         "depth",
         "launch_depth",
         "level",
@@ -219,6 +210,15 @@ class AgentMeter:
         self.launch_depth: int = self.start_depth
         """``depth`` right after the agent's last step: where the children of that step begin."""
         self.steps: int = 0
+        self._critical: tuple[tuple[Scope, int], ...] = self._critical_scopes()
+        """Scopes that limit critical steps, and the depths at which they begin."""
+
+    def _critical_scopes(self) -> tuple[tuple[Scope, int], ...]:
+        outer: tuple[Scope, ...] = () if self.parent is None else self.parent.scope.scopes
+        inherited = () if self.parent is None else self.parent._critical  # noqa: SLF001 - own kind
+        own = [s for s in self.scope.scopes if s not in outer]
+        limited = [(s, self.start_depth) for s in own if s.budget.critical_steps is not None]
+        return (*limited, *inherited)
 
     @property
     def critical_steps(self) -> int:
@@ -237,11 +237,12 @@ class AgentMeter:
         """
         if self.steps >= self.max_steps:
             raise BudgetExceeded("steps of one agent", used=self.steps, allowed=self.max_steps)
-        self._check_critical_steps()
-        for scope in self.scope.chain():
+        for limited, start_depth in self._critical:
+            limited.admit("critical steps", self.depth - start_depth, limited.budget.critical_steps)
+        for scope in self.scope.scopes:
             max_tokens = scope.room(max_tokens, input_tokens, self.price)
         usd = (input_tokens * self.price.input_usd + max_tokens * self.price.output_usd) / 1e6
-        for scope in self.scope.chain():
+        for scope in self.scope.scopes:
             scope.steps += 1
             scope.reserved_tokens += max_tokens
             scope.reserved_input_tokens += input_tokens
@@ -252,7 +253,7 @@ class AgentMeter:
     def settle(self, reserved: Reservation, used: Usage) -> None:
         """Replace the reservation of a turn by what it used: nothing, where the call failed."""
         usd = self.price.of(used)
-        for scope in self.scope.chain():
+        for scope in self.scope.scopes:
             scope.reserved_tokens -= reserved.max_tokens
             scope.reserved_input_tokens -= reserved.input_tokens
             scope.reserved_usd -= reserved.usd
@@ -265,15 +266,3 @@ class AgentMeter:
         self.steps += 1
         self.depth += 1
         self.launch_depth = self.depth
-
-    def _check_critical_steps(self) -> None:
-        meter: AgentMeter | None = self
-        while meter is not None:
-            scope: Scope | None = meter.scope
-            outer = None if meter.parent is None else meter.parent.scope
-            while scope is not None and scope is not outer:
-                limit = scope.budget.critical_steps
-                if limit is not None:
-                    scope.admit("critical steps", self.depth - meter.start_depth, limit)
-                scope = scope.parent
-            meter = meter.parent

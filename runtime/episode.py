@@ -319,7 +319,7 @@ class _Episode:
                 await _run_agent(state, self.spec)
             if limit.cancelled_caught:
                 allowed = min(
-                    s.budget.wall_s for s in state.scope.chain() if s.budget.wall_s is not None
+                    s.budget.wall_s for s in state.scope.scopes if s.budget.wall_s is not None
                 )
                 state.out_of_time("main", BudgetExceeded("seconds", used=allowed, allowed=allowed))
             if span.is_recording():
@@ -346,7 +346,7 @@ def _preload(scope: Scope, replay: Replay, settings: EpisodeSettings) -> None:
         usd += prices.get(agent.record.name, settings.price).of(agent.usage)
         steps += len(agent.turns)
     num_subagents = sum(path != "main" for path in replay.agents)
-    for each in scope.chain():
+    for each in scope.scopes:
         each.preload(
             steps=steps,
             usage=total,

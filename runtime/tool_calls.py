@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,17 +22,26 @@ from swarm_sdk.runtime.events import ToolFinished, ToolStarted
 from swarm_sdk.runtime.replay import ReplayMismatch
 from swarm_sdk.runtime.state import LivingAgent
 from swarm_sdk.traces.record import AgentRecorder, now_ns
-from swarm_sdk.types import Message, RunContext, Tool, ToolCall, ToolOutput
+from swarm_sdk.types import Message, RunContext, Tool, ToolCall, ToolOutput, ToolSpec
 
 ENDS_THE_EPISODE = (LedgerError, SubagentError, ReplayMismatch)
 """What passes the tool boundary: without a record there is no episode; fail_fast asks for it."""
 
 
-class SpawnTool(Tool):
+class SpawnTool:
     """What the loop must know of ``create_subagent`` and ``assign_task``; the rest is theirs."""
 
     is_sequential = False
     """Whether the calls of a turn run before all others, one by one."""
+
+    @property
+    def spec(self) -> ToolSpec:
+        """As ``Tool.spec``."""
+        raise NotImplementedError
+
+    async def __call__(self, arguments: Mapping[str, Any], context: RunContext[Any]) -> ToolOutput:
+        """As ``Tool.__call__``."""
+        raise NotImplementedError
 
     def number(self, call_id: str) -> None:
         """Hear of a call before any call of the turn runs: the order is that of the turn."""
@@ -48,6 +57,10 @@ async def run_calls(
     """
     tools = agent.spec.tools
     results: dict[int, ToolOutput] = {}
+    if len(calls) == 1 and not isinstance(tools.get(calls[0].name), SpawnTool):
+        output = await _run_call(agent, calls[0], recorder)
+        await recorder.commit()
+        return [Message("tool", output.content, output.images, tool_call_id=calls[0].id)]
 
     async def run_one(index: int) -> None:
         results[index] = await _run_call(agent, calls[index], recorder)

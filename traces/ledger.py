@@ -207,6 +207,8 @@ class Ledger:
         self.path: Path = self.directory / FILE_NAME
         self._lock = threading.RLock()
         self._rows: list[Row] = []
+        self._group = 0
+        """Counts commits: rows that wait belong to the next one."""
         self._failure: LedgerError | None = None
         """Set by the first write that failed: what comes after it would have a gap before it."""
         if readonly and not self.path.is_file():
@@ -288,6 +290,7 @@ class Ledger:
             rows, self._rows = self._rows, []
             if not rows:
                 return
+            self._group += 1
             execute = self._db.execute
             try:
                 execute("BEGIN IMMEDIATE")
@@ -305,11 +308,15 @@ class Ledger:
 
     async def committed(self) -> None:
         """Return when everything written so far is committed; raises as ``flush``."""
-        if self._rows or self._failure is not None:
+        group = self._group
+        if self._rows:
             try:
                 await asyncio.sleep(0)
             finally:  # also where the task is cancelled: what happened is on record
-                self.flush()
+                if self._group == group:  # the first to come back commits for all of this turn
+                    self.flush()
+        if self._failure is not None:
+            raise self._failure
 
     def begin_episode(self, episode: EpisodeRecord) -> None:
         """Commit that an episode started, and claim it for this process."""
