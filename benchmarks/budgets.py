@@ -1,10 +1,10 @@
-"""Random fan-outs under random budgets: is any limit ever passed by a single unit?
+"""Run random fan-outs under random budgets and count limits that were passed by any unit.
 
     python benchmarks/budgets.py [--json] [--quick] [--n 10000]
 
-Each case is an episode of the real runtime with random limits (steps, critical steps, generated and
-prompt tokens, sub-agents, US dollars, turns of the orchestrator and of sub-agents, two levels), some
-of them zero. What was used is counted from the ledger, not from the meter that enforces it.
+Each case is an episode of the real runtime with random limits (steps, critical steps, generated
+and prompt tokens, sub-agents, US dollars, turns of the orchestrator and of sub-agents, two levels),
+some of them zero. What was used is counted from the ledger, not from the meter that enforces it.
 
 Keys: budget_overruns (cases in which a limit was passed), cases, statuses, overruns_of (by limit).
 """
@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import anyio
+import anyio.lowlevel
 from report import report  # benchmarks/report.py
 
 from swarm_sdk import Budget, Message, Price, Sampling, Swarm
@@ -59,15 +60,13 @@ def policy(rng: random.Random) -> object:
 
     async def next_turn(messages: Sequence[Message], tools: Sequence[ToolSpec]) -> Message | str:
         for _ in range(rng.randint(0, 2)):
-            await anyio.sleep(0)
+            await anyio.lowlevel.checkpoint()
         text = "x" * rng.randint(0, 60)
         may_spawn = any(tool.name == "assign_task" for tool in tools)
         choice = rng.random()
         if may_spawn and choice < 0.45 and len(messages) < 9:
             name = f"w{len(messages)}"
-            made = [
-                call("assign_task", agent=name, prompt="go") for _ in range(rng.randint(1, 6))
-            ]
+            made = [call("assign_task", agent=name, prompt="go") for _ in range(rng.randint(1, 6))]
             return calls(call("create_subagent", name=name, system_prompt="s"), *made, content=text)
         if choice < 0.75 and len(messages) < 12:
             return calls(*[call("work") for _ in range(rng.randint(1, 3))], content=text)
@@ -78,7 +77,7 @@ def policy(rng: random.Random) -> object:
 
 async def work() -> str:
     """Do a piece of work."""
-    await anyio.sleep(0)
+    await anyio.lowlevel.checkpoint()
     return "worked"
 
 

@@ -26,6 +26,8 @@ from urllib.parse import urlsplit
 import aiohttp
 import anyio
 import tenacity
+from pydantic_core import from_json, to_json
+from yarl import URL
 
 from swarm_sdk.errors import ConfigError, ContextOverflow, ModelError
 from swarm_sdk.model_backend.pacing import Pace
@@ -92,6 +94,17 @@ class Retry:
         Raises:
             ModelError: that of the last try.
         """
+        try:
+            return await attempt()
+        except ModelError as error:
+            if not error.retryable:
+                raise
+            first = error
+        return await self._again(attempt, first)
+
+    async def _again(self, attempt: Callable[[], Awaitable[AnswerT]], first: ModelError) -> AnswerT:
+        """All tries after the first, which failed with ``first`` and counts as one."""
+        failed: ModelError | None = first
         grow = tenacity.wait_random_exponential(
             multiplier=self.first_wait_s, max=self.longest_wait_s
         )
@@ -102,6 +115,10 @@ class Retry:
             return max(asked_s, grow(state))
 
         async def once() -> AnswerT:
+            nonlocal failed
+            if failed is not None:
+                error, failed = failed, None
+                raise error
             return await attempt()
 
         retrying = tenacity.AsyncRetrying(
@@ -144,10 +161,13 @@ class ServerClient:
         self.base_url: Final = _checked_url(base_url)
         if timeout_s <= 0 or max_connections < 0:
             raise ConfigError("timeout_s must be > 0 and max_connections >= 0")
-        self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        self._headers = {"Content-Type": "application/json"}
+        if api_key is not None:
+            self._headers["Authorization"] = f"Bearer {api_key}"
         self._timeout_s = timeout_s
         self._max_connections = max_connections
         self._sessions: dict[asyncio.AbstractEventLoop, aiohttp.ClientSession] = {}
+        self._urls: dict[str, URL] = {}
         self._pace: tuple[asyncio.AbstractEventLoop, Pace] | None = None
 
     async def post(self, path: str, payload: Mapping[str, Any]) -> Any:
@@ -170,7 +190,10 @@ class ServerClient:
             await session.close()
 
     async def _call(self, method: str, path: str, payload: Mapping[str, Any] | None) -> Any:
-        url = self.base_url + path
+        address = self.base_url + path
+        url = self._urls.get(address)
+        if url is None:
+            url = self._urls[address] = URL(address)
         pace = self._pace_of(asyncio.get_running_loop())
         began_s = await pace.enter() if method == "POST" else 0.0
         try:
@@ -190,9 +213,11 @@ class ServerClient:
             self._pace = (loop, Pace.of(self.base_url))
         return self._pace[1]
 
-    async def _send(self, method: str, url: str, payload: Mapping[str, Any] | None) -> Any:
+    async def _send(self, method: str, url: URL, payload: Mapping[str, Any] | None) -> Any:
         try:
-            async with self._session().request(method, url, json=payload) as response:
+            # Encoded here: several times as fast as aiohttp's own way through json.dumps.
+            data = None if payload is None else to_json(payload)
+            async with self._session().request(method, url, data=data) as response:
                 body = await response.read()
         except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError) as error:
             raise ModelError(f"{url} is not an address that can be called") from error
@@ -212,11 +237,11 @@ class ServerClient:
                 f"the connection to {url} broke before the answer was complete", retryable=True
             ) from error
         if response.status >= HTTPStatus.BAD_REQUEST:
-            raise _error_of(url, response, body)
+            raise _error_of(str(url), response, body)
         if not body:
             return None
         try:
-            return json.loads(body)
+            return from_json(body)
         except ValueError as error:
             raise ModelError(f"{url} sent an answer that is not JSON", retryable=True) from error
 
@@ -230,6 +255,7 @@ class ServerClient:
             }
             session = self._sessions[loop] = aiohttp.ClientSession(
                 headers=self._headers,
+                cookie_jar=aiohttp.DummyCookieJar(),
                 connector=aiohttp.TCPConnector(limit=self._max_connections),
                 timeout=aiohttp.ClientTimeout(total=self._timeout_s),
             )

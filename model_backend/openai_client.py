@@ -108,7 +108,10 @@ class OpenAIModel:
         await self._client.aclose()
 
     async def complete(
-        self, messages: Sequence[WireMessage], tools: Sequence[ToolSpec], sampling: Sampling
+        self,
+        messages: Sequence[WireMessage],
+        tools: Sequence[dict[str, Any]],
+        sampling: Sampling,
     ) -> Completion:
         """Ask for one completion, again where that can help.
 
@@ -126,7 +129,7 @@ class OpenAIModel:
             self._max_tokens_field: sampling.max_tokens,
         }
         if tools:
-            body["tools"] = [wire_tool(tool) for tool in tools]
+            body["tools"] = tools
         if sampling.seed is not None:
             body["seed"] = sampling.seed
         if self._keep_logprobs:
@@ -149,7 +152,8 @@ class OpenAIDialogue:
 
     def __init__(self, model: OpenAIModel, tools: Sequence[ToolSpec]) -> None:
         self._model = model
-        self._tools = tuple(tools)
+        self._known = tuple(tool.name for tool in tools)
+        self._wire_tools = [wire_tool(tool) for tool in tools]
         self._messages: list[WireMessage] = []
         self._wire_ids: dict[str, str] = {}
         """The server's id of each of our call ids."""
@@ -198,7 +202,7 @@ class OpenAIDialogue:
             ContextOverflow, ConfigError: as ``OpenAIModel.complete``.
         """
         self._flush_tool_images()
-        completion = await self._model.complete(self._messages, self._tools, sampling)
+        completion = await self._model.complete(self._messages, self._wire_tools, sampling)
         choice = completion.choices[0]
         answer, finish_reason = choice.message, choice.finished()
         calls: list[ToolCall] = []
@@ -228,7 +232,7 @@ class OpenAIDialogue:
 
     def _read_call(self, function: Function, index: int, *, is_cut: bool) -> ToolCall:
         """Read one call; what is wrong with it becomes its ``error``."""
-        known = [tool.name for tool in self._tools]
+        known = self._known
         if function.name in known:
             arguments, error = read_arguments(function, is_cut=is_cut)
         else:
