@@ -19,7 +19,6 @@ from swarm_sdk.runtime.agent_loop import run_agent
 from swarm_sdk.runtime.budget import AgentMeter, Budget, Scope
 from swarm_sdk.runtime.events import AgentQueued
 from swarm_sdk.runtime.hooks import AgentInfo
-from swarm_sdk.runtime.stage_graph import Node
 from swarm_sdk.runtime.state import AgentOutcome, AgentSpec, EpisodeState
 from swarm_sdk.runtime.tool_calls import SpawnTool
 from swarm_sdk.types import Model, Price, RunContext, Sampling, Tool, ToolOutput, ToolSpec, Usage
@@ -193,7 +192,7 @@ class Spawner:
 
     async def _launch(self, config: SubagentConfig, path: str, prompt: str) -> AgentOutcome:
         family, state = self._family, self._family.state
-        parent = Node(self._path, state.graph.lengths[self._path] - 1)
+        parent = state.graph.node(self._path)
         scope = self._meter.scope
         if config.budget is not None:
             scope = Scope(config.budget, scope, f"{config.name}'s")

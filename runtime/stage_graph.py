@@ -58,7 +58,7 @@ class StageGraph:
         self.parents[path] = parent
         self.lengths[path] = 0
 
-    def add_stage(self, path: str) -> Node:
+    def add_stage(self, path: str) -> None:
         """Add the next turn of an agent; it waits for all that the previous turn launched.
 
         Raises:
@@ -66,9 +66,11 @@ class StageGraph:
         """
         if path not in self.lengths:
             raise ConfigError(f"the stage graph has no agent '{path}'")
-        node = Node(path, self.lengths[path])
         self.lengths[path] += 1
-        return node
+
+    def node(self, path: str) -> Node:
+        """The last turn of an agent."""
+        return Node(path, self.lengths[path] - 1)
 
     @property
     def graph(self) -> nx.DiGraph[Node]:

@@ -91,6 +91,7 @@ class FunctionTool:
             _Argument(one.name, _adapter(hints[one.name], one.name, self._name), one.default)
             for one in parameters[1 if self._takes_context else 0 :]
         )
+        self._is_async = inspect.iscoroutinefunction(function)
         self._spec = ToolSpec(
             name=self._name,
             description=summary if description is None else description,
@@ -114,7 +115,7 @@ class FunctionTool:
             *([context] if self._takes_context else []),
             **self._validated(arguments),
         )
-        if inspect.iscoroutinefunction(self._function):
+        if self._is_async:
             return self._as_output(await call())
         return self._as_output(await _in_thread(call))
 

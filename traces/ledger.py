@@ -68,6 +68,10 @@ CREATE TABLE steps (
 CREATE INDEX steps_of_episode ON steps (episode);
 CREATE TABLE media (sha256 TEXT PRIMARY KEY, media_type TEXT NOT NULL, data BLOB NOT NULL);
 """
+_INSERT_STEP = (
+    "INSERT INTO steps (id, episode, agent_path, stage, kind, body, prompt_ids, token_ids,"
+    " logprobs, weight_version, started_ns, ended_ns) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -294,8 +298,10 @@ class Ledger:
             execute = self._db.execute
             try:
                 execute("BEGIN IMMEDIATE")
+                self._insert_steps([row for row in rows if row.statement is _INSERT_STEP])
                 for row in rows:
-                    row.id = execute(row.statement, row.values).lastrowid or 0
+                    if row.statement is not _INSERT_STEP:
+                        row.id = execute(row.statement, row.values).lastrowid or 0
                 execute("COMMIT")
             except (sqlite3.Error, OverflowError) as error:
                 if self._db.in_transaction:
@@ -305,6 +311,16 @@ class Ledger:
                     "before can be read"
                 )
                 raise self._failure from error
+
+    def _insert_steps(self, rows: Sequence[Row]) -> None:
+        """Write steps in one go; their ids are given here, where no other process can write."""
+        if not rows:
+            return
+        last: int = self._db.execute("SELECT coalesce(max(id), 0) FROM steps").fetchone()[0]
+        for row in rows:
+            last += 1
+            row.id = last
+        self._db.executemany(_INSERT_STEP, [(row.id, *row.values) for row in rows])
 
     async def committed(self) -> None:
         """Return when everything written so far is committed; raises as ``flush``."""
@@ -422,9 +438,7 @@ class Ledger:
     def append(self, episode_id: str, step: StepRecord) -> Row:
         """Record one step; the row has its id after the next commit."""
         return self._write(
-            "INSERT INTO steps (episode, agent_path, stage, kind, body, prompt_ids, token_ids,"
-            " logprobs, weight_version, started_ns, ended_ns)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            _INSERT_STEP,
             (
                 self._row_of(episode_id),
                 step.agent_path,

@@ -24,7 +24,8 @@ def graphs(draw: st.DrawFn) -> StageGraph:
     def agent(path: str, parent: Node | None, depth: int) -> None:
         graph.add_agent(path, parent)
         for _ in range(draw(st.integers(0, 3))):
-            node = graph.add_stage(path)
+            graph.add_stage(path)
+            node = graph.node(path)
             for child in range(draw(st.integers(0, 2)) if depth < 2 else 0):
                 agent(f"{path}/{node.stage}.{child}", node, depth + 1)
 
@@ -40,11 +41,13 @@ def test_the_longest_path_is_the_number_of_critical_steps(graph: StageGraph) -> 
 def test_the_next_turn_waits_for_all_that_the_last_one_launched() -> None:
     graph = StageGraph()
     graph.add_agent("main")
-    first = graph.add_stage("main")
+    graph.add_stage("main")
+    first = graph.node("main")
     for path in ("main/a.0", "main/b.1"):
         graph.add_agent(path, first)
         graph.add_stage(path)
-    second = graph.add_stage("main")
+    graph.add_stage("main")
+    second = graph.node("main")
     assert {str(n) for n in graph.graph.predecessors(second)} == {
         "main#0",
         "main/a.0#0",
