@@ -143,6 +143,7 @@ class _AgentRun:
         "spec",
         "state",
         "usage",
+        "used",
     )
 
     def __init__(self, state: EpisodeState, spec: AgentSpec) -> None:
@@ -155,6 +156,8 @@ class _AgentRun:
             None if state.replay is None else state.replay.agents.get(spec.path),
         )
         self.usage = NO_USAGE
+        self.used = NO_USAGE
+        """Of the last turn."""
         self.last_content = ""
         self.parsed: Any = None
         self.num_repairs = 0
@@ -229,6 +232,7 @@ class _AgentRun:
         check_prompt(path, stage, entered, turn.prompt_ids)
         dialogue.replay(replace(turn, prompt_ids=turn.prompt_ids[len(entered) :]))
         self.spec.meter.count_step()
+        self.used = Usage.of(turn.generation)
         self._count(turn, stage, is_replayed=True)
         return dialogue, turn
 
@@ -281,6 +285,7 @@ class _AgentRun:
                 spec.meter.settle(reserved, used)
         finally:
             state.gate.leave()
+        self.used = used
         return turn
 
     async def _hooked(self, dialogue: Dialogue, sampling: Sampling) -> Turn:
@@ -293,7 +298,7 @@ class _AgentRun:
     def _count(self, turn: Turn, stage: int, *, is_replayed: bool) -> None:
         state = self.state
         state.graph.add_stage(self.spec.path)
-        usage = Usage.of(turn.generation)
+        usage = self.used
         self.usage += usage
         if state.emit is not None:
             state.emit(

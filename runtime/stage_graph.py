@@ -41,7 +41,8 @@ class StageGraph:
         """Which turn launched each agent; ``None`` for the orchestrator."""
         self.lengths: dict[str, int] = {}
         """How many turns each agent has had."""
-        self._launched: dict[Node, list[str]] = {}
+        self._launched: dict[str, dict[int, list[str]]] = {}
+        """Sub-agents by the agent and the turn that launched them."""
 
     def add_agent(self, path: str, parent: Node | None = None) -> None:
         """Add an agent, launched by the turn ``parent`` (``None`` for the orchestrator).
@@ -54,7 +55,7 @@ class StageGraph:
         if parent is not None:
             if not 0 <= parent.stage < self.lengths.get(parent.path, 0):
                 raise ConfigError(f"the stage graph has no stage '{parent}' to launch '{path}'")
-            self._launched.setdefault(parent, []).append(path)
+            self._launched.setdefault(parent.path, {}).setdefault(parent.stage, []).append(path)
         self.parents[path] = parent
         self.lengths[path] = 0
 
@@ -99,19 +100,16 @@ class StageGraph:
 
     def children(self, node: Node) -> Sequence[str]:
         """Paths of the sub-agents that a turn launched, in order."""
-        return self._launched.get(node, ())
+        return self._launched.get(node.path, {}).get(node.stage, ())
 
     def critical_steps(self, path: str = "main") -> int:
         """Critical steps of an agent and all below it, by the report's formula."""
-        return critical_steps(
-            StageSteps(
-                main_steps=1,
-                sub_steps=tuple(
-                    self.critical_steps(child) for child in self.children(Node(path, stage))
-                ),
-            )
-            for stage in range(self.lengths.get(path, 0))
+        launched = self._launched.get(path, {})
+        parallel = critical_steps(
+            StageSteps(main_steps=1, sub_steps=tuple(map(self.critical_steps, children)))
+            for children in launched.values()
         )
+        return parallel + self.lengths.get(path, 0) - len(launched)  # other turns cost one each
 
     @property
     def total_steps(self) -> int:

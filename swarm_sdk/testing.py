@@ -13,7 +13,6 @@ import asyncio
 import inspect
 import json
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from swarm_sdk.errors import ConfigError
@@ -29,7 +28,7 @@ Policy = Callable[[Sequence[Message], Sequence[ToolSpec]], "Said | Awaitable[Sai
 
 def call(tool: str, /, **arguments: Any) -> ToolCall:
     """A tool call for a scripted message; its id is given by the dialogue."""
-    return ToolCall("", tool, arguments)
+    return ToolCall("", tool, arguments, json.dumps(arguments))
 
 
 def calls(*made: ToolCall, content: str = "") -> Message:
@@ -140,7 +139,10 @@ class ScriptedDialogue:
             await asyncio.sleep(0)
         message = Message("assistant", said) if isinstance(said, str) else said
         if message.tool_calls:
-            message = replace(message, tool_calls=self._numbered(message.tool_calls))
+            made = self._numbered(message.tool_calls)
+            message = Message(
+                "assistant", message.content, message.images, message.reasoning, tool_calls=made
+            )
         prompt_ids = tuple(self._model.chat_format.generation_prompt())
         token_ids = tuple(self._model.chat_format.render_turn(message)[: sampling.max_tokens + 1])
         is_cut = len(token_ids) > sampling.max_tokens
