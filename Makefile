@@ -41,8 +41,8 @@ check: $(VENV)/.dev ## Lint, types and layers
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.dev ## Run the quick form of every benchmark
-	@for file in benchmarks/parity.py benchmarks/engine.py benchmarks/atlas_eval.py; do \
-		$(BIN)/python $$file --json --quick || exit 1; done
+	@for name in parity engine atlas_eval orchestration scale budgets crash faults; do \
+		$(BIN)/python benchmarks/$$name.py --json --quick || exit 1; done
 
 wheel: $(VENV)/.dev ## Build the wheel and the source archive into dist/
 	$(BIN)/python -m build

@@ -80,7 +80,10 @@ class EpisodeBusy(LedgerError):
 
 
 class SubagentError(SwarmError):
-    """Raised with ``fail_fast`` if a sub-agent ended without a final message."""
+    """Raised with ``fail_fast`` if a sub-agent ended without a final message.
+
+    Hooks around ``assign_task`` see it; the episode ends with status ``failed`` and its text.
+    """
 
     def __init__(self, agent_path: str, message: str) -> None:
         super().__init__(message)

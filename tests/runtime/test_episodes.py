@@ -15,9 +15,20 @@ import anyio
 import pytest
 from pydantic import BaseModel
 
-from swarm_sdk import Budget, ConfigError, Message, ModelError, Role, Sampling, Swarm, ToolError
+from swarm_sdk import (
+    AgentOutcome,
+    Budget,
+    ConfigError,
+    Message,
+    ModelError,
+    Role,
+    Sampling,
+    Swarm,
+    SwarmError,
+    ToolError,
+)
 from swarm_sdk import swarm as swarm_module
-from swarm_sdk.errors import ContextOverflow, LedgerError
+from swarm_sdk.errors import ContextOverflow, LedgerError, SubagentError
 from swarm_sdk.runtime.context import HIDDEN, Compact, DiscardAll, HideToolResults
 from swarm_sdk.runtime.episode import Result
 from swarm_sdk.runtime.events import (
@@ -183,7 +194,7 @@ class Journal(Hooks):
         if prompt == "2":
             raise ToolError("no third one")
 
-    async def join(self, agent: AgentInfo, outcome: Any) -> None:
+    async def join(self, agent: AgentInfo, outcome: AgentOutcome) -> None:
         self.told.append(f"{self.name} join {outcome.path} {outcome.status}")
 
 
@@ -434,6 +445,26 @@ def test_fail_fast_ends_the_episode_with_the_first_lost_subagent(tmp_path: Path)
     assert result.status == "failed"
     assert "the server is gone" in (result.error or "")
     assert [a.status for a in result.subagents].count("cancelled") == 4
+
+
+def test_a_hook_sees_the_subagent_that_ended_a_fail_fast_episode(tmp_path: Path) -> None:
+    lost: list[str] = []
+
+    class Watch(Hooks):
+        async def tool_call(self, agent: AgentInfo, call: ToolCall, proceed: Any) -> ToolOutput:
+            try:
+                return await proceed(call)
+            except SubagentError as error:
+                lost.append(error.agent_path)
+                raise
+
+    def sub(messages: Sequence[Message], tools: Sequence[ToolSpec]) -> str:
+        raise ModelError("the server is gone")
+
+    swarm = Swarm(fan_out(1, sub), fail_fast=True, hooks=[Watch()], runs=tmp_path)
+    assert swarm.run_sync("go").status == "failed"
+    assert lost == ["main/w.0"]
+    assert issubclass(SubagentError, SwarmError)
 
 
 def test_nothing_starts_after_a_cancel_and_the_record_says_how_each_agent_ended(

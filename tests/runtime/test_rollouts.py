@@ -10,7 +10,7 @@ from typing import Any
 import anyio
 import pytest
 
-from swarm_sdk import ConfigError, Message, Swarm, Task
+from swarm_sdk import ConfigError, Message, RolloutManager, Swarm, Task
 from swarm_sdk.runtime import environment as registry
 from swarm_sdk.runtime.environment import (
     Environment,
@@ -172,7 +172,7 @@ def test_paused_episodes_survive_new_weights_and_each_token_keeps_its_version(
     async def run() -> list[Rollout]:
         found: list[Rollout] = []
         async with Swarm(model, tools=[wait], runs=tmp_path) as swarm:
-            manager = swarm.rollouts(max_episodes=6)
+            manager: RolloutManager = swarm.rollouts(max_episodes=6)
 
             async def consume() -> None:
                 async for rollout in manager.run(Waits()):
