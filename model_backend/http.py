@@ -1,13 +1,13 @@
-"""HTTP to a model server: one pooled session, typed errors, one rule for asking again.
+"""HTTP to a model server: kept connections, typed errors, one rule for asking again.
 
-    Retry.run(attempt) ──> ServerClient.post(path, json) ──> Pace ──> aiohttp session (kept-alive)
+    Retry.run(attempt) ──> ServerClient.post(path, json) ──> Pace ──> Pool (kept connections)
 
 What went wrong decides the error, and the error decides whether to ask again:
 
     refused, reset, cut off, silent too long, body cut or no JSON   retryable
     408, 429, 500, 502, 503, 504                                    retryable, after Retry-After
     400 and 413 that tell of the context length                     ContextOverflow
-    any other status >= 400                                         not retryable
+    any other status >= 300                                         not retryable
 """
 
 from __future__ import annotations
@@ -16,21 +16,22 @@ import asyncio
 import base64
 import json
 import re
+import ssl
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
+from weakref import WeakKeyDictionary
 
-import aiohttp
 import anyio
 import tenacity
 from pydantic_core import from_json, to_json
-from yarl import URL
 
 from swarm_sdk.errors import ConfigError, ContextOverflow, ModelError
 from swarm_sdk.model_backend.pacing import Pace
+from swarm_sdk.model_backend.transport import BrokenConnection, CannotConnect, Pool, Response
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -158,17 +159,20 @@ class ServerClient:
         Raises:
             ConfigError: ``base_url`` is no http(s) address, or a number is out of range.
         """
-        self.base_url: Final = _checked_url(base_url)
+        self.base_url = _checked_url(base_url)
         if timeout_s <= 0 or max_connections < 0:
             raise ConfigError("timeout_s must be > 0 and max_connections >= 0")
-        self._headers = {"Content-Type": "application/json"}
+        headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if api_key is not None:
-            self._headers["Authorization"] = f"Bearer {api_key}"
+            headers["Authorization"] = f"Bearer {_checked_key(api_key)}"
+        self._headers = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         self._timeout_s = timeout_s
         self._max_connections = max_connections
-        self._sessions: dict[asyncio.AbstractEventLoop, aiohttp.ClientSession] = {}
-        self._urls: dict[str, URL] = {}
-        self._pace: tuple[asyncio.AbstractEventLoop, Pace] | None = None
+        self._heads: dict[str, bytes] = {}
+        """What a request begins with, up to the length of its body, by method and address."""
+        self._here: tuple[asyncio.AbstractEventLoop, str, Pool, Pace] | None = None
+        """The running event loop's own; another loop gets others."""
+        self._pools: WeakKeyDictionary[asyncio.AbstractEventLoop, Pool] = WeakKeyDictionary()
 
     async def post(self, path: str, payload: Mapping[str, Any]) -> Any:
         """Send ``payload`` once and give back the parsed answer.
@@ -185,81 +189,96 @@ class ServerClient:
 
     async def aclose(self) -> None:
         """Close the connections of this event loop."""
-        session = self._sessions.pop(asyncio.get_running_loop(), None)
-        if session is not None:
-            await session.close()
+        self._here = None
+        pool = self._pools.pop(asyncio.get_running_loop(), None)
+        if pool is not None:
+            pool.close()
+            await asyncio.sleep(0)  # the event loop closes the sockets in its next turn
 
     async def _call(self, method: str, path: str, payload: Mapping[str, Any] | None) -> Any:
-        address = self.base_url + path
-        url = self._urls.get(address)
-        if url is None:
-            url = self._urls[address] = URL(address)
-        pace = self._pace_of(asyncio.get_running_loop())
-        began_s = await pace.enter() if method == "POST" else 0.0
+        pool, pace = self._connections()
+        if method == "GET":
+            return await self._send(pool, method, path, payload)
+        began_s = await pace.enter()
         try:
-            answer = await self._send(method, url, payload)
+            answer = await self._send(pool, method, path, payload)
         except _BusyError as error:
             if error.status in _OVERLOADED:
                 pace.overloaded(began_s, error.retry_after_s)
             raise
         finally:
-            if method == "POST":
-                pace.leave()
+            pace.leave()
         pace.answered()
         return answer
 
-    def _pace_of(self, loop: asyncio.AbstractEventLoop) -> Pace:
-        if self._pace is None or self._pace[0] is not loop:
-            self._pace = (loop, Pace.of(self.base_url))
-        return self._pace[1]
+    def _connections(self) -> tuple[Pool, Pace]:
+        loop = asyncio.get_running_loop()
+        here = self._here
+        if here is None or here[0] is not loop or here[1] != self.base_url:
+            url = urlsplit(self.base_url)
+            tls = ssl.create_default_context() if url.scheme == "https" else None
+            pool = Pool(
+                url.hostname or "",
+                url.port or (443 if tls is not None else 80),
+                tls=tls,
+                max_connections=self._max_connections,
+            )
+            self._pools[loop] = pool
+            here = self._here = (loop, self.base_url, pool, Pace.of(self.base_url))
+        return here[2], here[3]
 
-    async def _send(self, method: str, url: URL, payload: Mapping[str, Any] | None) -> Any:
+    async def _send(
+        self, pool: Pool, method: str, path: str, payload: Mapping[str, Any] | None
+    ) -> Any:
+        url = self.base_url + path
+        body = b"" if payload is None else to_json(payload)
+        head = self._heads.get(method + url) or self._head(method, url)
+        content = b"%b%d\r\n\r\n%b" % (head, len(body), body)
         try:
-            # Encoded here: several times as fast as aiohttp's own way through json.dumps.
-            data = None if payload is None else to_json(payload)
-            async with self._session().request(method, url, data=data) as response:
-                body = await response.read()
-        except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError) as error:
-            raise ModelError(f"{url} is not an address that can be called") from error
-        except aiohttp.ClientConnectorCertificateError as error:
-            raise ModelError(f"{url} does not show a valid certificate: {error}") from error
-        except aiohttp.ClientConnectorError as error:
-            raise ModelError(
-                f"no server answers at {self.base_url}; start it, or correct the address",
-                retryable=True,
-            ) from error
+            async with asyncio.timeout(self._timeout_s):
+                response = await pool.request(content)
+        except CannotConnect as error:
+            raise _connect_error(self.base_url, error) from error
         except TimeoutError as error:
             raise ModelError(
                 f"{url} gave no answer within {self._timeout_s:g} s", retryable=True
             ) from error
-        except aiohttp.ClientError as error:
+        except BrokenConnection as error:
             raise ModelError(
                 f"the connection to {url} broke before the answer was complete", retryable=True
             ) from error
-        if response.status >= HTTPStatus.BAD_REQUEST:
-            raise _error_of(str(url), response, body)
-        if not body:
+        if response.status >= HTTPStatus.MULTIPLE_CHOICES:
+            raise _error_of(url, response)
+        if not response.body:
             return None
         try:
-            return from_json(body)
+            return from_json(response.body)
         except ValueError as error:
             raise ModelError(f"{url} sent an answer that is not JSON", retryable=True) from error
 
-    def _session(self) -> aiohttp.ClientSession:
-        loop = asyncio.get_running_loop()
-        session = self._sessions.get(loop)
-        if session is None:
-            # Loops that ended took their connections with them.
-            self._sessions = {
-                live: kept for live, kept in self._sessions.items() if not live.is_closed()
-            }
-            session = self._sessions[loop] = aiohttp.ClientSession(
-                headers=self._headers,
-                cookie_jar=aiohttp.DummyCookieJar(),
-                connector=aiohttp.TCPConnector(limit=self._max_connections),
-                timeout=aiohttp.ClientTimeout(total=self._timeout_s),
-            )
-        return session
+    def _head(self, method: str, url: str) -> bytes:
+        """The head of a request but for the number of its body's bytes, kept for the next one."""
+        parts = urlsplit(url)
+        target = quote(parts.path or "/", safe="/%:@!$&'()*+,;=-._~")
+        target += f"?{parts.query}" if parts.query else ""
+        host = parts.netloc.rpartition("@")[2].encode("idna").decode()
+        head = f"{method} {target} HTTP/1.1\r\nHost: {host}\r\n{self._headers}Content-Length: "
+        self._heads[method + url] = encoded = head.encode("latin-1")
+        return encoded
+
+
+def _connect_error(base_url: str, error: CannotConnect) -> ModelError:
+    if isinstance(error.__cause__, ssl.SSLCertVerificationError):
+        return ModelError(f"{base_url} does not show a valid certificate: {error}")
+    return ModelError(
+        f"no server answers at {base_url}; start it, or correct the address", retryable=True
+    )
+
+
+def _checked_key(api_key: str) -> str:
+    if not api_key.isascii() or not api_key.isprintable():
+        raise ConfigError("the API key holds characters that no HTTP header can; copy it again")
+    return api_key
 
 
 def context_overflow(message: str) -> ContextOverflow | None:
@@ -301,10 +320,10 @@ def _checked_url(base_url: str) -> str:
     return base_url.rstrip("/")
 
 
-def _error_of(url: str, response: aiohttp.ClientResponse, body: bytes) -> ModelError:
-    """Build the error for an answer with a status >= 400."""
+def _error_of(url: str, response: Response) -> ModelError:
+    """Build the error for an answer with a status >= 300."""
     status = response.status
-    text = body.decode("utf-8", errors="replace")
+    text = response.body.decode("utf-8", errors="replace")
     message, code = _message_and_code(text)
     if status in {HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_ENTITY_TOO_LARGE}:
         overflow = context_overflow(text)
@@ -335,7 +354,7 @@ def _message_and_code(text: str) -> tuple[str, str]:
 
 def _retry_after_s(headers: Mapping[str, str]) -> float:
     """Seconds to wait by the ``Retry-After`` header, which holds seconds or a date; 0 without."""
-    value = headers.get("Retry-After", "")
+    value = headers.get("retry-after", "")
     try:
         return max(0.0, float(value))
     except ValueError:
