@@ -99,9 +99,9 @@ class OpenAIModel:
         """Never: the server does not tell token ids."""
         return False
 
-    def dialogue(self, tools: Sequence[ToolSpec]) -> OpenAIDialogue:
+    def dialogue(self, tools: Sequence[ToolSpec], *, first_call_index: int = 0) -> OpenAIDialogue:
         """Open a conversation in which ``tools`` can be called."""
-        return OpenAIDialogue(self, tools)
+        return OpenAIDialogue(self, tools, first_call_index)
 
     async def aclose(self) -> None:
         """Close the connections."""
@@ -150,14 +150,16 @@ class OpenAIModel:
 class OpenAIDialogue:
     """One conversation as the list of its wire messages."""
 
-    def __init__(self, model: OpenAIModel, tools: Sequence[ToolSpec]) -> None:
+    def __init__(
+        self, model: OpenAIModel, tools: Sequence[ToolSpec], first_call_index: int = 0
+    ) -> None:
         self._model = model
         self._known = tuple(tool.name for tool in tools)
         self._wire_tools = [wire_tool(tool) for tool in tools]
         self._messages: list[WireMessage] = []
         self._wire_ids: dict[str, str] = {}
         """The server's id of each of our call ids."""
-        self._num_calls = 0
+        self._num_calls = first_call_index
         self._tool_images: list[tuple[str, Image]] = []
         """Pictures of tool results, with their call ids, that no user message holds yet."""
         self._num_known_tokens = 0

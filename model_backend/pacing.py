@@ -13,12 +13,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
+from contextlib import suppress
 from typing import ClassVar
 from weakref import WeakKeyDictionary
 
 FIRST_LIMIT = 4_096.0
 """Calls in flight before the first word of an overload: above what one process sends."""
 SHRINK = 0.5
+LONGEST_PAUSE_S = 30.0
+"""What a server may ask of all calls at most; the call that it told so waits as long as it said."""
 
 
 class Pace:
@@ -65,7 +68,8 @@ class Pace:
                 if turn.done() and not turn.cancelled():
                     self.leave()  # it had got the place already
                 else:
-                    self._waiting.remove(turn)
+                    with suppress(ValueError):  # passed over already, for it was cancelled
+                        self._waiting.remove(turn)
                 raise
             return time.monotonic()
         self.num_in_flight += 1
@@ -85,7 +89,8 @@ class Pace:
     def overloaded(self, began_s: float, retry_after_s: float) -> None:
         """Shrink after an overload that met a call which began at ``began_s``."""
         now_s = time.monotonic()
-        self._paused_until_s = max(self._paused_until_s, now_s + retry_after_s)
+        pause_s = min(retry_after_s, LONGEST_PAUSE_S)
+        self._paused_until_s = max(self._paused_until_s, now_s + pause_s)
         if began_s < self._cut_at_s:
             return  # this call was on its way when the limit was cut
         self.limit = max(1.0, min(self.limit, float(self.num_in_flight)) * SHRINK)

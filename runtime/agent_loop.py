@@ -35,7 +35,7 @@ from swarm_sdk.runtime.events import (
     StepStarted,
 )
 from swarm_sdk.runtime.hooks import AgentInfo
-from swarm_sdk.runtime.replay import RecordedTurn, ReplayMismatch, check_prompt
+from swarm_sdk.runtime.replay import RecordedAgent, RecordedTurn, ReplayMismatch, check_prompt
 from swarm_sdk.runtime.state import (
     AgentOutcome,
     AgentSpec,
@@ -81,9 +81,13 @@ async def run_agent(state: EpisodeState, spec: AgentSpec) -> AgentOutcome:
             status, error = "out_of_budget", str(exceeded)
         except ContextOverflow as overflow:
             status, error = "overflow", str(overflow)
-        except (LedgerError, ReplayMismatch):
-            status, error = "failed", "the episode's record cannot be continued"
+        except ReplayMismatch:
+            raise  # the record stays as it is: the right settings can go on with it
+        except LedgerError:
+            status, error = "failed", "the episode's record cannot be written"
             raise
+        except EngineClosed as closed:
+            status, error = "cancelled", str(closed)
         except SubagentError as failure:
             status, error = "failed", str(failure)
             raise
@@ -92,10 +96,17 @@ async def run_agent(state: EpisodeState, spec: AgentSpec) -> AgentOutcome:
             status = "failed"
             error = str(failure) if is_ours else f"{type(failure).__name__}: {failure}"
         finally:
-            await run.agent.resources.aclose()
+            try:
+                await run.agent.resources.aclose()
+            except Exception as failure:  # noqa: BLE001 - the boundary: what tools hold is theirs
+                error = error or f"closing what it held: {type(failure).__name__}: {failure}"
             outcome = _end(state, spec, run, status, error)
         recorder.end_spans()
     return outcome
+
+
+class EngineClosed(ModelError):
+    """Raised if an engine ended a turn because it is being closed; the turn is not recorded."""
 
 
 def _end(
@@ -138,6 +149,7 @@ class _AgentRun:
         "_history",
         "agent",
         "last_content",
+        "num_calls",
         "num_repairs",
         "parsed",
         "spec",
@@ -161,6 +173,8 @@ class _AgentRun:
         self.last_content = ""
         self.parsed: Any = None
         self.num_repairs = 0
+        self.num_calls = 0
+        """Tool calls so far; their ids count on when a context is begun anew."""
         self._history: list[Message] | None = None if state.context is None else []
         """All messages of the context; kept only for a context strategy."""
 
@@ -174,8 +188,7 @@ class _AgentRun:
             if recorded is not None and recorder.stage < len(recorded.turns):
                 dialogue, turn = self._replay(recorded.turns[recorder.stage], dialogue, messages)
             elif recorded is not None and recorded.is_ended:
-                self.last_content = recorded.record.output or self.last_content
-                return recorded.record.status, recorded.record.error  # type: ignore[return-value]
+                return self._recorded_end(recorded)
             else:
                 dialogue, turn = await self._live(dialogue, messages, recorder)
             message = turn.message
@@ -184,6 +197,9 @@ class _AgentRun:
             if message.content:
                 self.last_content = message.content
             if message.tool_calls:
+                self.num_calls += len(message.tool_calls)
+                if recorded is not None and self._was_cut_off(recorder.stage, message):
+                    return self._recorded_end(recorded)
                 messages = await run_calls(self.agent, message.tool_calls, recorder)
             elif turn.generation.finish_reason == "length":
                 return "truncated", f"the message was cut after {len(message.content)} characters"
@@ -199,8 +215,24 @@ class _AgentRun:
                 messages = [Message("user", f"{complaint}\nAnswer with the corrected JSON only.")]
             recorder.stage += 1
 
-    def _open_dialogue(self) -> Dialogue:
-        return self.spec.model.dialogue([tool.spec for tool in self.spec.tools.values()])
+    def _open_dialogue(self, kept: Sequence[Message] = ()) -> Dialogue:
+        """A new dialogue in which calls go on counting, also after ``kept`` is observed."""
+        num_kept = sum(len(message.tool_calls) for message in kept)
+        return self.spec.model.dialogue(
+            [tool.spec for tool in self.spec.tools.values()],
+            first_call_index=self.num_calls - num_kept,
+        )
+
+    def _recorded_end(self, recorded: RecordedAgent) -> tuple[AgentStatus, str | None]:
+        self.last_content = recorded.record.output or self.last_content
+        return recorded.record.status, recorded.record.error  # type: ignore[return-value]
+
+    def _was_cut_off(self, stage: int, message: Message) -> bool:
+        """Whether the agent had ended, by the record, while these calls were running."""
+        recorded = self.agent.recorded
+        if recorded is None or not recorded.is_ended or stage + 1 < len(recorded.turns):
+            return False
+        return any(call.id not in recorded.results for call in message.tool_calls)
 
     def _first_messages(self) -> list[Message]:
         spec = self.spec
@@ -224,7 +256,7 @@ class _AgentRun:
         path, turn = self.spec.path, recorded.turn
         stage = self.state.graph.lengths[path]
         if recorded.reset is not None:
-            dialogue, messages = self._open_dialogue(), recorded.observed
+            dialogue, messages = self._open_dialogue(recorded.observed), recorded.observed
             self._history = list(messages)
         elif self._history is not None:
             self._history += messages
@@ -245,12 +277,14 @@ class _AgentRun:
         if self._history is not None:
             self._history += messages
             if self._is_too_long(dialogue) and (kept := await self._shorten(dialogue, recorder)):
-                dialogue, messages = self._open_dialogue(), kept
+                dialogue, messages = self._open_dialogue(kept), kept
                 entered = dialogue.observe(messages)
         started_ns = now_ns()
         if state.emit is not None:
             state.emit(StepStarted(path=self.spec.path, stage=recorder.stage))
         turn = await self._sample(dialogue, recorder.stage)
+        if turn.generation.finish_reason == "abort":
+            raise EngineClosed("the engine was closed in the middle of a turn")
         recorder.sample(
             turn,
             observed=messages,

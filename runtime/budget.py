@@ -73,6 +73,7 @@ class Scope:
         "agents",
         "budget",
         "cost_usd",
+        "episodes",
         "input_tokens",
         "name",
         "parent",
@@ -101,6 +102,8 @@ class Scope:
         self.cost_usd: float = 0.0
         self.reserved_usd: float = 0.0
         self.agents: int = 0
+        self.episodes: set[str] = set()
+        """Episodes that ran in it in this process; a swarm's scope only."""
         self.started_s: float = time.monotonic()
 
     def remaining_s(self) -> float | None:

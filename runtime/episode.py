@@ -28,7 +28,7 @@ from swarm_sdk.runtime.budget import FREE, AgentMeter, Budget, Scope
 from swarm_sdk.runtime.context import ContextStrategy
 from swarm_sdk.runtime.events import Emit
 from swarm_sdk.runtime.hooks import Hooks
-from swarm_sdk.runtime.replay import Replay, read_replay
+from swarm_sdk.runtime.replay import Replay, ReplayMismatch, read_replay
 from swarm_sdk.runtime.spawn import NAMES, Family, Spawner, SubagentConfig
 from swarm_sdk.runtime.state import (
     AgentOutcome,
@@ -234,6 +234,8 @@ class _Episode:
         )
         if replay is not None:
             _preload(scope, replay, settings)
+        if settings.outer is not None:
+            settings.outer.episodes.add(episode_id)
         meter = AgentMeter(scope, settings.budget.main_steps, price=settings.price)
         num_levels = settings.budget.depth if settings.can_spawn else 0
         family = Family(
@@ -275,34 +277,44 @@ class _Episode:
         state, started_s = self.state, time.perf_counter()
         try:
             await self._run_within_wall_time()
-        finally:
-            outcome = state.outcomes.get("main") or unstarted("main")
-            order = dict.fromkeys([*state.graph.lengths, *state.outcomes])
-            others = tuple(state.outcomes[p] for p in order if p in state.outcomes and p != "main")
-            result: Result[Any] = Result(
-                output=outcome.output or _reports(others),
-                parsed=outcome.parsed,
-                status=outcome.status,
-                error=outcome.error,
-                critical_steps=state.graph.critical_steps(),
-                total_steps=state.graph.total_steps,
-                usage=state.usage,
-                cost_usd=state.scope.cost_usd,
-                wall_s=time.perf_counter() - started_s,
-                max_parallel=state.max_alive,
-                created=tuple(self.spawner.created),
-                agents=(outcome, *others),
-                episode_id=state.episode_id,
-                trace=TraceRef(directory=state.ledger.directory, episode_id=state.episode_id),
-            )
-            state.ledger.end_episode(
-                state.episode_id,
-                status=result.status,
-                output=result.output,
-                error=result.error,
-                summary=summary(result),
-                ended_ns=now_ns(),
-            )
+        except ReplayMismatch:
+            state.ledger.release(state.episode_id)
+            raise
+        except BaseException:
+            self._end(started_s)
+            raise
+        return self._end(started_s)
+
+    def _end(self, started_s: float) -> Result[Any]:
+        """The result, recorded."""
+        state = self.state
+        outcome = state.outcomes.get("main") or unstarted("main")
+        order = dict.fromkeys([*state.graph.lengths, *state.outcomes])
+        others = tuple(state.outcomes[p] for p in order if p in state.outcomes and p != "main")
+        result: Result[Any] = Result(
+            output=outcome.output or _reports(others),
+            parsed=outcome.parsed,
+            status=outcome.status,
+            error=outcome.error,
+            critical_steps=state.graph.critical_steps(),
+            total_steps=state.graph.total_steps,
+            usage=state.usage,
+            cost_usd=state.scope.cost_usd,
+            wall_s=time.perf_counter() - started_s,
+            max_parallel=state.max_alive,
+            created=tuple(self.spawner.created),
+            agents=(outcome, *others),
+            episode_id=state.episode_id,
+            trace=TraceRef(directory=state.ledger.directory, episode_id=state.episode_id),
+        )
+        state.ledger.end_episode(
+            state.episode_id,
+            status=result.status,
+            output=result.output,
+            error=result.error,
+            summary=summary(result),
+            ended_ns=now_ns(),
+        )
         return result
 
     async def _run_within_wall_time(self) -> None:
@@ -347,6 +359,8 @@ def _preload(scope: Scope, replay: Replay, settings: EpisodeSettings) -> None:
         steps += len(agent.turns)
     num_subagents = sum(path != "main" for path in replay.agents)
     for each in scope.scopes:
+        if replay.episode.id in each.episodes:
+            continue  # it ran in this process before, and was counted then
         each.preload(
             steps=steps,
             usage=total,

@@ -66,7 +66,7 @@ class Replay:
     episode: EpisodeRecord
     agents: Mapping[str, RecordedAgent]
     wall_s: float
-    """Seconds that the earlier processes spent on it, up to their last commit."""
+    """Seconds in which a step on record was running."""
 
     def below(self, path: str) -> list[RecordedAgent]:
         """The agent ``path`` and all its descendants."""
@@ -90,17 +90,26 @@ def read_replay(ledger: Ledger, episode_id: str) -> Replay:
             f"episode {episode.id} has ended ({episode.status}); there is nothing to resume"
         )
     agents = {record.path: RecordedAgent(record) for record in ledger.agents(episode.id)}
-    last_ns = episode.started_ns
+    worked: list[tuple[int, int]] = []
     for step in ledger.steps(episode.id):
         agent = agents[step.agent_path]
-        last_ns = max(last_ns, step.ended_ns)
+        worked.append((step.started_ns, step.ended_ns))
         if step.kind == "sample":
             agent.turns.append(_turn(ledger, step))
         else:
             body = step.body
             images = tuple(ledger.media(digest, name) for digest, name in body["images"])
             agent.results[body["call_id"]] = (ToolOutput(body["content"], images), body["error"])
-    return Replay(episode, agents, (last_ns - episode.started_ns) / 1e9)
+    return Replay(episode, agents, _union_s(worked))
+
+
+def _union_s(intervals: Sequence[tuple[int, int]]) -> float:
+    """Seconds covered by ``intervals`` (ns): the time between two processes counts for nobody."""
+    covered_ns, end_ns = 0, 0
+    for started_ns, ended_ns in sorted(intervals):
+        covered_ns += max(0, ended_ns - max(started_ns, end_ns))
+        end_ns = max(end_ns, ended_ns)
+    return covered_ns / 1e9
 
 
 def _turn(ledger: Ledger, step: StepRecord) -> RecordedTurn:

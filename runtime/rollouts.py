@@ -12,7 +12,10 @@ section 3.3).
 
 from __future__ import annotations
 
+import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Iterable
+from contextlib import aclosing
 from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
@@ -24,6 +27,7 @@ from swarm_sdk.errors import ConfigError, LedgerError
 from swarm_sdk.runtime.environment import Environment, EnvTask, Rollout
 from swarm_sdk.runtime.episode import EpisodeSettings, Result, check_names, run_episode
 from swarm_sdk.runtime.state import Gate
+from swarm_sdk.runtime.streaming import stream
 from swarm_sdk.runtime.tool_calls import first_of
 from swarm_sdk.traces.ledger import Ledger
 
@@ -62,7 +66,8 @@ class RolloutManager:
         self._ledger = ledger
         self._tracer = tracer
         self._places = anyio.CapacityLimiter(max_episodes)
-        self._scopes: dict[tuple[str, int], anyio.CancelScope] = {}
+        self._scopes: list[tuple[str, str, int, anyio.CancelScope]] = []
+        """Of each episode that runs: environment, task, sample."""
 
     @property
     def num_running(self) -> int:
@@ -77,11 +82,14 @@ class RolloutManager:
         """Let paused episodes go on."""
         self.gate.open()
 
-    def abort(self, task_id: str, sample: int = 0) -> None:
-        """Cancel one episode that runs; its record stays and can be resumed."""
-        scope = self._scopes.get((task_id, sample))
-        if scope is not None:
-            scope.cancel()
+    def abort(self, task_id: str, sample: int = 0, *, environment: str | None = None) -> None:
+        """Cancel an episode that runs; its record stays and can be resumed.
+
+        ``environment`` tells tasks of one id apart; ``None`` means them all.
+        """
+        for name, task, number, scope in self._scopes:
+            if (task, number) == (task_id, sample) and environment in (None, name):
+                scope.cancel()
 
     async def rollout(self, environment: Environment, task: EnvTask, sample: int = 0) -> Rollout:
         """Run one episode of a task and judge it.
@@ -120,40 +128,42 @@ class RolloutManager:
         if samples_per_task < 1:
             raise ConfigError(f"samples_per_task must be at least 1, got {samples_per_task}")
         waiting = environment.tasks() if tasks is None else iter(tasks)
-        send, receive = anyio.create_memory_object_stream[Rollout](0)
         room = anyio.Semaphore(int(self._places.total_tokens))
+        ended: deque[Rollout] = deque()
+        has_news = asyncio.Event()
+
+        def next_rollout() -> Rollout | None:
+            if not ended:
+                return None
+            room.release()  # only now: who does not take rollouts gets no further ones made
+            return ended.popleft()
 
         async def one(task: EnvTask, sample: int) -> None:
+            ended.append(await self.rollout(environment, task, sample))
+            has_news.set()
+
+        async def produce() -> None:
             try:
-                rollout = await self.rollout(environment, task, sample)
-            finally:
-                room.release()
-            await send.send(rollout)
+                async with anyio.create_task_group() as group:
+                    for task in waiting:
+                        for sample in range(samples_per_task):
+                            await room.acquire()
+                            group.start_soon(one, task, sample, name=f"rollout {task.id}.{sample}")
+            except BaseExceptionGroup as failures:  # of an episode's record
+                raise first_of(failures) from failures
 
-        async def feed() -> None:
-            async with send, anyio.create_task_group() as group:
-                for task in waiting:
-                    for sample in range(samples_per_task):
-                        await room.acquire()
-                        group.start_soon(one, task, sample, name=f"rollout {task.id}.{sample}")
-
-        try:
-            async with anyio.create_task_group() as outer:
-                outer.start_soon(feed, name="rollouts")
-                with receive:
-                    async for rollout in receive:
-                        yield rollout
-                outer.cancel_scope.cancel()
-        except BaseExceptionGroup as failures:  # of an episode's record, or a consumer that left
-            raise first_of(failures) from failures
+        async with aclosing(stream(produce, next_rollout, has_news, "rollouts")) as rollouts:
+            async for rollout in rollouts:
+                yield rollout
 
     async def _run(self, environment: Environment, task: EnvTask, sample: int) -> Rollout:
         with anyio.CancelScope() as scope:
-            self._scopes[task.id, sample] = scope
+            running = (environment.name, task.id, sample, scope)
+            self._scopes.append(running)
             try:
                 return await self._judged(environment, task, sample)
             finally:
-                self._scopes.pop((task.id, sample), None)
+                self._scopes.remove(running)
         return Rollout(
             task=task, sample=sample, result=None, rewards={}, error="the rollout was aborted"
         )

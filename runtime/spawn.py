@@ -7,6 +7,7 @@ go on. ``read_report`` is ours: it is there only where reports are capped.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,17 @@ from swarm_sdk.runtime.events import AgentQueued
 from swarm_sdk.runtime.hooks import AgentInfo
 from swarm_sdk.runtime.state import AgentOutcome, AgentSpec, EpisodeState
 from swarm_sdk.runtime.tool_calls import SpawnTool
-from swarm_sdk.types import Model, Price, RunContext, Sampling, Tool, ToolOutput, ToolSpec, Usage
+from swarm_sdk.types import (
+    Model,
+    Price,
+    RunContext,
+    Sampling,
+    Tool,
+    ToolCall,
+    ToolOutput,
+    ToolSpec,
+    Usage,
+)
 
 CREATE_SUBAGENT = ToolSpec(
     "create_subagent",
@@ -125,6 +136,12 @@ class Spawner:
         """Number an assignment; its sub-agent's path carries the number, also when resumed."""
         self._numbers.setdefault(call_id, len(self._numbers))
 
+    def is_launched(self, call: ToolCall) -> bool:
+        """Whether the record tells of the sub-agent that a call launched."""
+        replay = self._family.state.replay
+        path = f"{self._path}/{call.arguments.get('agent')}.{self._numbers.get(call.id)}"
+        return replay is not None and path in replay.agents
+
     def create(self, arguments: Mapping[str, Any]) -> ToolOutput:
         """``create_subagent``."""
         name, system_prompt = _texts(arguments, "name", "system_prompt")
@@ -219,6 +236,8 @@ class Spawner:
             num_waiting = slots.statistics().tasks_waiting + 1
             state.emit(AgentQueued(path=path, name=config.name, num_waiting=num_waiting))
         async with slots:
+            if scope is not self._meter.scope and state.replay is None:
+                scope.started_s = time.monotonic()  # waiting for a place does not count
             state.num_alive += 1
             state.max_alive = max(state.max_alive, state.num_alive)
             try:
@@ -284,6 +303,10 @@ class _AssignTool(SpawnTool):
 
     def number(self, call_id: str) -> None:
         self.spawner.number(call_id)
+
+    def is_made_again(self, call: ToolCall) -> bool:
+        """Only if a sub-agent was launched: what was refused then is not launched now."""
+        return self.spawner.is_launched(call)
 
     async def __call__(self, arguments: Mapping[str, Any], context: RunContext[Any]) -> ToolOutput:
         return await self.spawner.assign(arguments, context.call_id)

@@ -104,15 +104,15 @@ class Gate:
         self.num_inside -= 1
         if self.num_inside == 0 and self._idle is not None:
             self._idle.set()
+            self._idle = None
 
     async def close(self) -> None:
         """Let no further model call start; returns when none is running any more."""
         if self._reopened is None:
             self._reopened = anyio.Event()
         if self.num_inside:
-            self._idle = anyio.Event()
+            self._idle = self._idle or anyio.Event()
             await self._idle.wait()
-            self._idle = None
 
     def open(self) -> None:
         """Let model calls start again."""

@@ -24,6 +24,8 @@ from swarm_sdk.runtime.state import LivingAgent
 from swarm_sdk.traces.record import AgentRecorder, now_ns
 from swarm_sdk.types import Message, RunContext, Tool, ToolCall, ToolOutput, ToolSpec
 
+MAX_ERROR_CHARS = 4_000
+"""Characters of an exception's text that the model sees."""
 ENDS_THE_EPISODE = (LedgerError, SubagentError, ReplayMismatch)
 """What passes the tool boundary: without a record there is no episode; fail_fast asks for it."""
 
@@ -42,6 +44,11 @@ class SpawnTool:
     async def __call__(self, arguments: Mapping[str, Any], context: RunContext[Any]) -> ToolOutput:
         """As ``Tool.__call__``."""
         raise NotImplementedError
+
+    def is_made_again(self, call: ToolCall) -> bool:
+        """Whether a call with a result on record runs again, to make again what it had made."""
+        del call
+        return True
 
     def number(self, call_id: str) -> None:
         """Hear of a call before any call of the turn runs: the order is that of the turn."""
@@ -64,6 +71,7 @@ async def run_calls(
 
     async def run_one(index: int) -> None:
         results[index] = await _run_call(agent, calls[index], recorder)
+        await recorder.commit()  # not only with the slowest of the turn
 
     later: list[int] = []
     for index, call in enumerate(calls):
@@ -96,7 +104,7 @@ async def _run_call(agent: LivingAgent, call: ToolCall, recorder: AgentRecorder)
     state = agent.state
     tool = agent.spec.tools.get(call.name)
     recorded = None if agent.recorded is None else agent.recorded.results.get(call.id)
-    if recorded is not None and not isinstance(tool, SpawnTool):
+    if recorded is not None and not (isinstance(tool, SpawnTool) and tool.is_made_again(call)):
         _tell(agent, call, *recorded)
         return recorded[0]
     started_ns = now_ns()
@@ -151,7 +159,8 @@ async def _within_bounds(
             raise
         return ToolOutput(f"error: the tool raised {type(failure).__name__}"), "CancelledError"
     except ToolError as failure:
-        return ToolOutput(f"error: {failure}"), type(failure).__name__
+        output = ToolOutput(f"error: {failure}")
+        return capped(output, state.limits.max_tool_chars), type(failure).__name__
     except (*ENDS_THE_EPISODE, KeyboardInterrupt):
         raise
     except BaseException as failure:  # noqa: BLE001 - the boundary: tools are other people's code
@@ -161,7 +170,7 @@ async def _within_bounds(
 
 def _failed(failure: BaseException) -> tuple[ToolOutput, str]:
     kind = type(failure).__name__
-    return ToolOutput(f"error: {kind}: {failure}"), kind
+    return capped(ToolOutput(f"error: {kind}: {failure}"), MAX_ERROR_CHARS), kind
 
 
 async def _call(agent: LivingAgent, tool: Tool, call: ToolCall) -> ToolOutput:
@@ -212,8 +221,10 @@ async def _around_tool_call(
 def capped(output: ToolOutput, max_chars: int) -> ToolOutput:
     """``output`` with its head and tail only, where its text is longer than ``max_chars``."""
     text = output.content
+    if not text.isascii():
+        text = text.encode("utf-8", "replace").decode()  # a lone surrogate becomes a '?'
     if len(text) <= max_chars:
-        return output
+        return output if text == output.content else ToolOutput(text, output.images)
     head = max_chars - max_chars // 4
     tail = max_chars - head
     cut = f"\n[… {len(text) - max_chars} characters are not shown …]\n"

@@ -139,7 +139,7 @@ def resume(
         record = ledger.episode(episode)
         ledger.close()
         launch = record.settings.get("launch")
-        if not launch:
+        if not launch or "docs" not in launch:
             raise ConfigError(
                 f"episode {record.id} was not started by `swarm run`; resume it with "
                 "Swarm.resume in the program that did"

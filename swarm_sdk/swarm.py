@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar, overload
@@ -33,7 +35,7 @@ from swarm_sdk.runtime.events import Event, EventsDropped
 from swarm_sdk.runtime.rollouts import RolloutManager
 from swarm_sdk.runtime.spawn import SubagentConfig
 from swarm_sdk.runtime.state import Gate, Limits
-from swarm_sdk.runtime.tool_calls import first_of
+from swarm_sdk.runtime.streaming import stream
 from swarm_sdk.tools.function import FunctionTool
 from swarm_sdk.traces.ledger import Ledger
 from swarm_sdk.traces.schema import TRACER_NAME
@@ -260,9 +262,8 @@ class Swarm:
         iterator early (``aclosing`` makes that prompt) cancels the episode.
         """
         waiting: deque[Event | Result[Any]] = deque()
-        has_news = anyio.Event()
+        has_news = asyncio.Event()
         num_dropped = 0
-        is_over = False
 
         def put(event: Event | Result[Any]) -> None:
             nonlocal num_dropped
@@ -272,32 +273,22 @@ class Swarm:
             waiting.append(event)
             has_news.set()
 
-        async def produce() -> None:
-            nonlocal is_over
-            try:
-                put(
-                    await self.run(
-                        task, files=files, output_type=output_type, deps=deps, on_event=put
-                    )
-                )
-            finally:
-                is_over = True
-                has_news.set()
+        def next_event() -> Event | Result[Any] | None:
+            nonlocal num_dropped
+            if num_dropped:
+                count, num_dropped = num_dropped, 0
+                return EventsDropped(count=count)
+            return waiting.popleft() if waiting else None
 
-        try:
-            async with anyio.create_task_group() as group:
-                group.start_soon(produce, name="run_stream")
-                while waiting or not is_over:
-                    if num_dropped:
-                        count, num_dropped = num_dropped, 0
-                        yield EventsDropped(count=count)
-                    if waiting:
-                        yield waiting.popleft()
-                    else:
-                        has_news = anyio.Event()
-                        await has_news.wait()
-        except BaseExceptionGroup as failures:  # of the episode, or the consumer that left
-            raise first_of(failures) from failures
+        async def produce() -> None:
+            put(await self.run(task, files=files, output_type=output_type, deps=deps, on_event=put))
+
+        told: AsyncGenerator[Event | Result[Any], None] = stream(
+            produce, next_event, has_news, "run_stream"
+        )
+        async with aclosing(told):
+            async for event in told:
+                yield event
 
     async def resume(
         self,

@@ -94,9 +94,9 @@ class ScriptedModel:
         self.start: Callable[[Sequence[Message]], Policy] = start or (lambda _: policy)  # type: ignore[assignment,return-value]
         self.chat_format: _Format = chat_format or ByteFormat()
 
-    def dialogue(self, tools: Sequence[ToolSpec]) -> ScriptedDialogue:
+    def dialogue(self, tools: Sequence[ToolSpec], *, first_call_index: int = 0) -> ScriptedDialogue:
         """Open a conversation."""
-        return ScriptedDialogue(self, tools)
+        return ScriptedDialogue(self, tools, first_call_index)
 
     async def aclose(self) -> None:
         """Nothing to close."""
@@ -105,13 +105,15 @@ class ScriptedModel:
 class ScriptedDialogue:
     """One conversation with a ``ScriptedModel``."""
 
-    def __init__(self, model: ScriptedModel, tools: Sequence[ToolSpec]) -> None:
+    def __init__(
+        self, model: ScriptedModel, tools: Sequence[ToolSpec], first_call_index: int = 0
+    ) -> None:
         self._model = model
         self._tools = tuple(tools)
         self._messages: list[Message] = []
         self._policy: Policy | None = None
         self._num_ids = 0
-        self._num_calls = 0
+        self._num_calls = first_call_index
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -124,6 +126,7 @@ class ScriptedDialogue:
         ids = [] if self._messages else list(fmt.open(self._tools))
         for message in messages:
             ids += fmt.render(message)
+            self._num_calls += len(message.tool_calls)
         self._messages += messages
         self._num_ids += len(ids)
         return tuple(ids)

@@ -234,8 +234,12 @@ class Model(Protocol):
         """Whether its episodes hold the exact token ids and log-probabilities."""
         ...
 
-    def dialogue(self, tools: Sequence[ToolSpec]) -> Dialogue:
-        """Open a conversation in which ``tools`` can be called."""
+    def dialogue(self, tools: Sequence[ToolSpec], *, first_call_index: int = 0) -> Dialogue:
+        """Open a conversation in which ``tools`` can be called.
+
+        ``first_call_index`` is the number of its first call: above 0 where a context is begun
+        anew, so that no id names two calls of one agent.
+        """
         ...
 
     async def aclose(self) -> None:

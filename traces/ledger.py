@@ -23,11 +23,13 @@ import json
 import sqlite3
 import sys
 import threading
+import time
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import quote
 
 from pydantic_core import to_json
 
@@ -155,7 +157,17 @@ def _unpack(kind: str, blob: bytes | None) -> tuple[Any, ...]:
 
 def _json(value: Any) -> str:
     """Compact JSON; floats that are no numbers become null, as everywhere in JSON."""
-    return to_json(value, inf_nan_mode="null").decode()
+    try:
+        return to_json(value, inf_nan_mode="null").decode()
+    except ValueError:  # a lone surrogate, which UTF-8 cannot hold: as an escape it can
+        return json.dumps(value, default=str)
+
+
+def _text(value: str | None) -> str | None:
+    """``value`` as UTF-8 can hold it."""
+    if value is None or value.isascii():
+        return value
+    return value.encode("utf-8", "replace").decode()
 
 
 def message_to_json(message: Message) -> dict[str, Any]:
@@ -220,14 +232,14 @@ class Ledger:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(
-                f"file:{self.path}?mode={'ro' if readonly else 'rwc'}",
+                f"file:{quote(str(self.path))}?mode={'ro' if readonly else 'rwc'}",
                 uri=True,
                 isolation_level=None,
                 check_same_thread=False,
                 timeout=BUSY_S,
             )
             if not readonly:
-                self._db.execute("PRAGMA journal_mode = WAL")
+                self._use_wal()
                 self._db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
                 self._db.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
             self._check_version(create=not readonly)
@@ -236,6 +248,19 @@ class Ledger:
         self._claims = None if readonly else Claims.of(self.directory)
         self._claimed: set[str] = set()
         self._episode_rows: dict[str, int] = {}
+
+    def _use_wal(self) -> None:
+        """Switch the file to a write-ahead log; SQLite does not wait for others who do so too."""
+        until_s = time.monotonic() + BUSY_S
+        while True:
+            try:
+                self._db.execute("PRAGMA journal_mode = WAL")
+            except sqlite3.OperationalError:
+                if time.monotonic() > until_s:
+                    raise
+                time.sleep(0.01)
+            else:
+                return
 
     def _check_version(self, *, create: bool) -> None:
         with self._lock:
@@ -278,7 +303,8 @@ class Ledger:
         if self._failure is not None:
             raise self._failure
         row = Row(statement, values)
-        self._rows.append(row)
+        with self._lock:
+            self._rows.append(row)
         return row
 
     def flush(self) -> None:
@@ -303,7 +329,7 @@ class Ledger:
                     if row.statement is not _INSERT_STEP:
                         row.id = execute(row.statement, row.values).lastrowid or 0
                 execute("COMMIT")
-            except (sqlite3.Error, OverflowError) as error:
+            except Exception as error:  # whatever it was: a part of the record is missing now
                 if self._db.in_transaction:
                     execute("ROLLBACK")
                 self._failure = LedgerError(
@@ -325,10 +351,11 @@ class Ledger:
     async def committed(self) -> None:
         """Return when everything written so far is committed; raises as ``flush``."""
         group = self._group
-        if self._rows:
-            try:
+        try:
+            if self._rows:
                 await asyncio.sleep(0)
-            finally:  # also where the task is cancelled: what happened is on record
+        finally:  # also where the task is cancelled: what happened is on record
+            with self._lock:  # waits where another thread is in the middle of a commit
                 if self._group == group:  # the first to come back commits for all of this turn
                     self.flush()
         if self._failure is not None:
@@ -389,7 +416,7 @@ class Ledger:
             self._write(
                 "UPDATE episodes SET ended_ns = ?, status = ?, output = ?, error = ?, summary = ?"
                 " WHERE id = ?",
-                (ended_ns, status, output, error, _json(summary), episode_id),
+                (ended_ns, status, _text(output), _text(error), _json(summary), episode_id),
             )
             self.flush()
         finally:
@@ -413,7 +440,7 @@ class Ledger:
                 agent.parent_stage,
                 agent.name,
                 agent.model,
-                agent.prompt,
+                _text(agent.prompt),
                 agent.started_ns,
             ),
         )
@@ -432,7 +459,7 @@ class Ledger:
         self._write(
             "UPDATE agents SET ended_ns = ?, status = ?, output = ?, error = ?"
             " WHERE episode = ? AND path = ?",
-            (ended_ns, status, output, error, self._row_of(episode_id), path),
+            (ended_ns, status, _text(output), _text(error), self._row_of(episode_id), path),
         )
 
     def append(self, episode_id: str, step: StepRecord) -> Row:

@@ -40,9 +40,9 @@ class TokenModel:
         """Always: the episodes hold the exact ids and log-probabilities."""
         return True
 
-    def dialogue(self, tools: Sequence[ToolSpec]) -> TokenDialogue:
+    def dialogue(self, tools: Sequence[ToolSpec], *, first_call_index: int = 0) -> TokenDialogue:
         """Open a conversation in which ``tools`` can be called."""
-        return TokenDialogue(self, tools)
+        return TokenDialogue(self, tools, first_call_index)
 
     async def aclose(self) -> None:
         """Close the engine."""
@@ -52,12 +52,14 @@ class TokenModel:
 class TokenDialogue:
     """One conversation as one growing list of token ids."""
 
-    def __init__(self, model: TokenModel, tools: Sequence[ToolSpec]) -> None:
+    def __init__(
+        self, model: TokenModel, tools: Sequence[ToolSpec], first_call_index: int = 0
+    ) -> None:
         self._model = model
         self._format = model.chat_format
         self._tools = tuple(tools)
         self._ids: list[int] = []
-        self._num_calls = 0
+        self._num_calls = first_call_index
         self._images: list[Image] = []
 
     @property

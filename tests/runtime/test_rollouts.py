@@ -131,7 +131,7 @@ class Versioned:
         )
         self.name, self.is_replayable = "versioned", True
 
-    def dialogue(self, tools: Sequence[ToolSpec]) -> Any:
+    def dialogue(self, tools: Sequence[ToolSpec], *, first_call_index: int = 0) -> Any:
         model = self
 
         class Dialogue(ScriptedDialogue):
@@ -143,7 +143,7 @@ class Versioned:
                 generation = replace(turn.generation, weight_version=model.version)
                 return replace(turn, generation=generation)
 
-        return Dialogue(self.inner, tools)
+        return Dialogue(self.inner, tools, first_call_index)
 
     async def aclose(self) -> None:
         pass

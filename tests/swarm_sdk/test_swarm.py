@@ -84,7 +84,7 @@ def test_the_ledger_gives_back_the_sampled_ids_and_the_graph_of_the_run(tmp_path
             sampled.append(turn.generation.token_ids)
             return turn
 
-    model.dialogue = lambda tools: Spy(open_dialogue(tools))
+    model.dialogue = lambda tools, **how: Spy(open_dialogue(tools, **how))
     result = run(Swarm(model, tools=[add], runs=tmp_path))
     ledger = Ledger(tmp_path, readonly=True)
     kept = [s.token_ids for s in ledger.steps(result.episode_id) if s.kind == "sample"]
