@@ -25,6 +25,7 @@ from typing_extensions import TypeVar
 from swarm_sdk.errors import BudgetExceeded, ConfigError, SubagentError
 from swarm_sdk.runtime.agent_loop import run_agent
 from swarm_sdk.runtime.budget import FREE, AgentMeter, Budget, Scope
+from swarm_sdk.runtime.collector import relaxed_collector
 from swarm_sdk.runtime.context import ContextStrategy
 from swarm_sdk.runtime.events import Emit
 from swarm_sdk.runtime.hooks import Hooks
@@ -276,7 +277,8 @@ class _Episode:
         """Run the orchestrator; the record tells how the episode ended, whatever happens."""
         state, started_s = self.state, time.perf_counter()
         try:
-            await self._run_within_wall_time()
+            with relaxed_collector():
+                await self._run_within_wall_time()
         except ReplayMismatch:
             state.ledger.release(state.episode_id)
             raise
