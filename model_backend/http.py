@@ -159,7 +159,7 @@ class ServerClient:
         Raises:
             ConfigError: ``base_url`` is no http(s) address, or a number is out of range.
         """
-        self.base_url = _checked_url(base_url)
+        self.base_url: str = _checked_url(base_url)
         if timeout_s <= 0 or max_connections < 0:
             raise ConfigError("timeout_s must be > 0 and max_connections >= 0")
         headers = {"Content-Type": "application/json", "Accept": "application/json"}

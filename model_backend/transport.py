@@ -46,8 +46,8 @@ class Connection(asyncio.Protocol):
     """One connection, with one request at a time."""
 
     def __init__(self) -> None:
-        self.is_open = False
-        self.is_used = False
+        self.is_open: bool = False
+        self.is_used: bool = False
         """Whether it has carried a response already."""
         self._transport: asyncio.Transport | None = None
         self._answer: asyncio.Future[Response] | None = None
