@@ -29,6 +29,7 @@ from swarm_sdk.runtime.collector import relaxed_collector
 from swarm_sdk.runtime.context import ContextStrategy
 from swarm_sdk.runtime.events import Emit
 from swarm_sdk.runtime.hooks import Hooks
+from swarm_sdk.runtime.places import Places
 from swarm_sdk.runtime.replay import Replay, ReplayMismatch, read_replay
 from swarm_sdk.runtime.spawn import NAMES, Family, Spawner, SubagentConfig
 from swarm_sdk.runtime.state import (
@@ -243,7 +244,7 @@ class _Episode:
             state=self.state,
             declared=settings.declared,
             invent=self._invent,
-            slots=[anyio.CapacityLimiter(settings.limits.max_parallel) for _ in range(num_levels)],
+            slots=[Places(settings.limits.max_parallel) for _ in range(num_levels)],
         )
         self.spawner = Spawner(family, "main", "main", meter)
         tools = dict(settings.tools)

@@ -20,6 +20,7 @@ from swarm_sdk.runtime.agent_loop import run_agent
 from swarm_sdk.runtime.budget import AgentMeter, Budget, Scope
 from swarm_sdk.runtime.events import AgentQueued
 from swarm_sdk.runtime.hooks import AgentInfo
+from swarm_sdk.runtime.places import Places
 from swarm_sdk.runtime.state import AgentOutcome, AgentSpec, EpisodeState
 from swarm_sdk.runtime.tool_calls import SpawnTool
 from swarm_sdk.types import (
@@ -105,7 +106,7 @@ class Family:
     """Roles that the app declared."""
     invent: Callable[[str, str], SubagentConfig]
     """Configures a sub-agent from a name and a system prompt."""
-    slots: Sequence[anyio.CapacityLimiter]
+    slots: Sequence[Places]
     """Places of each level below the orchestrator. A level of its own each: an agent that waits
     for its sub-agents must not hold the place that they wait for."""
 
@@ -232,8 +233,8 @@ class Spawner:
             parent=parent,
         )
         slots = family.slots[meter.level - 1]
-        if state.emit is not None and slots.available_tokens <= 0:
-            num_waiting = slots.statistics().tasks_waiting + 1
+        if state.emit is not None and not slots.is_free:
+            num_waiting = slots.num_waiting + 1
             state.emit(AgentQueued(path=path, name=config.name, num_waiting=num_waiting))
         async with slots:
             if scope is not self._meter.scope and state.replay is None:

@@ -17,8 +17,8 @@ from typing import Any
 from opentelemetry.trace import SpanContext
 
 from swarm_sdk.traces import schema
-from swarm_sdk.traces.ledger import AgentRecord, Ledger, Row, StepRecord, message_to_json
-from swarm_sdk.traces.spans import EpisodeSpans
+from swarm_sdk.traces.ledger import AgentRecord, Ledger, StepRecord, message_to_json
+from swarm_sdk.traces.spans import EpisodeSpans, Step
 from swarm_sdk.types import Image, Message, ToolCall, ToolOutput, Turn
 
 
@@ -48,8 +48,8 @@ class AgentRecorder:
         """Index of the agent's current turn."""
         self._spans = spans
         self._span = span
-        self._open: list[tuple[Row, str, dict[str, Any], int, int]] = []
-        """Spans whose rows wait for their commit: row, name, attributes, start, end."""
+        self._open: list[Step] = []
+        """Spans whose rows wait for their commit."""
         self._reset: Mapping[str, Any] | None = None
 
     def reset(self, how: Mapping[str, Any]) -> None:
@@ -110,6 +110,8 @@ class AgentRecorder:
                 schema.INPUT_TOKENS: generation.num_prompt_tokens,
                 schema.OUTPUT_TOKENS: generation.num_completion_tokens,
                 schema.FINISH_REASONS: (generation.finish_reason,),
+                schema.EPISODE_ID: self.episode_id,
+                schema.AGENT_PATH: self.path,
                 schema.STAGE_INDEX: self.stage,
             }
             self._open.append((row, f"{schema.CHAT} {model}", attributes, started_ns, ended_ns))
@@ -143,6 +145,8 @@ class AgentRecorder:
                 schema.OPERATION: schema.EXECUTE_TOOL,
                 schema.TOOL_NAME: call.name,
                 schema.TOOL_CALL_ID: call.id,
+                schema.EPISODE_ID: self.episode_id,
+                schema.AGENT_PATH: self.path,
                 schema.STAGE_INDEX: self.stage,
             }
             if error:
@@ -163,18 +167,9 @@ class AgentRecorder:
     def end_spans(self) -> None:
         """End the spans whose rows are committed."""
         ended, self._open = self._open, []
-        for row, name, attributes, started_ns, ended_ns in ended:
-            attributes[schema.EPISODE_ID] = self.episode_id
-            attributes[schema.AGENT_PATH] = self.path
+        for row, _, attributes, _, _ in ended:
             attributes[schema.LEDGER_STEP_ID] = row.id
-            self._spans.step(
-                name,
-                self._span,
-                attributes,
-                started_ns,
-                ended_ns,
-                is_error=schema.ERROR_TYPE in attributes,
-            )
+        self._spans.steps(self._span, ended)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ A tracer that is not the SDK's is used by the API's own way.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +18,20 @@ from opentelemetry import context as otel_context
 from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace import Tracer as SdkTracer
-from opentelemetry.trace import NonRecordingSpan, SpanContext, Status, StatusCode
+from opentelemetry.trace import (
+    NonRecordingSpan,
+    SpanContext,
+    Status,
+    StatusCode,
+    TraceFlags,
+    TraceState,
+)
+
+from swarm_sdk.traces import schema
+from swarm_sdk.traces.ledger import Row
+
+Step = tuple[Row, str, dict[str, Any], int, int]
+"""A span that is over: the row that it points to, name, attributes, start and end (ns)."""
 
 _ERROR = Status(StatusCode.ERROR)
 _UNSET = Status(StatusCode.UNSET)
@@ -27,7 +40,16 @@ _UNSET = Status(StatusCode.UNSET)
 class EpisodeSpans:
     """Makes the spans below one episode's span."""
 
-    __slots__ = ("_new_id", "_processor", "_root", "_root_context", "is_on", "tracer")
+    __slots__ = (
+        "_flags",
+        "_new_id",
+        "_processor",
+        "_root",
+        "_state",
+        "_trace_id",
+        "is_on",
+        "tracer",
+    )
 
     def __init__(self, tracer: trace.Tracer, root: trace.Span) -> None:
         """``root`` is the episode's span, current now."""
@@ -35,7 +57,10 @@ class EpisodeSpans:
         self.is_on: bool = root.is_recording()
         """Whether anybody collects the spans of this episode."""
         self._root: ReadableSpan | None = None
-        self._root_context = root.get_span_context()
+        context = root.get_span_context()
+        self._trace_id: int = context.trace_id
+        self._flags: TraceFlags = context.trace_flags
+        self._state: TraceState = context.trace_state
         if self.is_on and isinstance(tracer, SdkTracer) and isinstance(root, ReadableSpan):
             self._root = root
             self._processor = tracer.span_processor
@@ -66,35 +91,28 @@ class EpisodeSpans:
             otel_context.detach(token)
             self._emit(name, own, parent, attributes, started_ns, now_ns(), is_error=is_error)
 
-    def step(
-        self,
-        name: str,
-        parent: SpanContext | None,
-        attributes: Mapping[str, Any],
-        started_ns: int,
-        ended_ns: int,
-        *,
-        is_error: bool,
-    ) -> None:
-        """A span that is over; ``parent`` is what ``agent`` gave."""
-        if self._root is not None and parent is not None:
+    def steps(self, parent: SpanContext | None, ended: Sequence[Step]) -> None:
+        """Spans that are over; ``parent`` is what ``agent`` gave."""
+        if self._root is None or parent is None:
+            for _, name, attributes, started_ns, ended_ns in ended:
+                span = self.tracer.start_span(name, start_time=started_ns, attributes=attributes)
+                if schema.ERROR_TYPE in attributes:
+                    span.set_status(StatusCode.ERROR)
+                span.end(end_time=ended_ns)
+            return
+        for _, name, attributes, started_ns, ended_ns in ended:
+            is_error = schema.ERROR_TYPE in attributes
             self._emit(
                 name, self._child(), parent, attributes, started_ns, ended_ns, is_error=is_error
             )
-            return
-        span = self.tracer.start_span(name, start_time=started_ns, attributes=attributes)
-        if is_error:
-            span.set_status(StatusCode.ERROR)
-        span.end(end_time=ended_ns)
 
     def _child(self) -> SpanContext:
-        root = self._root_context
         return SpanContext(
-            root.trace_id,
+            self._trace_id,
             self._new_id(),
             is_remote=False,
-            trace_flags=root.trace_flags,
-            trace_state=root.trace_state,
+            trace_flags=self._flags,
+            trace_state=self._state,
         )
 
     def _emit(
