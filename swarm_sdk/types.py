@@ -17,14 +17,36 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, Protocol
+from typing import Any, Generic, Literal, Protocol, overload
 
-from typing_extensions import TypeVar
+from typing_extensions import TypeVar, dataclass_transform
 
 Role_ = Literal["system", "user", "assistant", "tool"]
 FinishReason = Literal["stop", "length", "abort"]
 ResourceT = TypeVar("ResourceT")
 DepsT = TypeVar("DepsT", default=Any)
+RecordT = TypeVar("RecordT")
+
+
+@overload
+def record(cls: type[RecordT], /) -> type[RecordT]: ...
+
+
+@overload
+def record(*, kw_only: bool = False) -> Callable[[type[RecordT]], type[RecordT]]: ...
+
+
+@dataclass_transform(frozen_default=True)
+def record(
+    cls: type[Any] | None = None, /, *, kw_only: bool = False
+) -> type[Any] | Callable[[type[Any]], type[Any]]:
+    """A dataclass that is frozen for type checkers, and at run time left to good manners.
+
+    ``frozen=True`` sets each field by a call: five times as long to make one, and a step of an
+    agent makes a dozen of these.
+    """
+    make = dataclass(slots=True, kw_only=kw_only, unsafe_hash=True)
+    return make if cls is None else make(cls)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +75,7 @@ class ToolSpec:
     """JSON schema of the arguments: ``{"type": "object", "properties": …, "required": […]}``."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class ToolCall:
     """One call that a model asked for, well-formed or not."""
 
@@ -68,7 +90,7 @@ class ToolCall:
     """Why the call cannot be run (cut JSON, missing end token …); ``None`` if it can."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Message:
     """One message of a dialogue."""
 
@@ -97,7 +119,7 @@ class Sampling:
     """The chat format adds its own end-of-turn token."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(kw_only=True)
 class Generation:
     """The tokens that one model call sampled: the ids that training will see."""
 
@@ -114,7 +136,7 @@ class Generation:
     num_completion_tokens: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Turn:
     """One step of an agent: what the model said, and the tokens it said it with."""
 
@@ -124,7 +146,7 @@ class Turn:
     """Ids that ``Dialogue.sample`` appended before the model's own (the generation prompt)."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(kw_only=True)
 class Usage:
     """Tokens that model calls used; adds up over agents."""
 
@@ -247,7 +269,7 @@ class Model(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class ToolOutput:
     """What a tool gives back to the agent that called it."""
 
