@@ -336,7 +336,7 @@ def measure_in_process(
             for way, kept in ((ours, ms), (by_hand, hand_ms)):
                 if size * NUM_CALLS >= 10_000 and repeat >= 3:
                     continue
-                rounds = max(1, 400 // (size * NUM_CALLS))
+                rounds = max(1, 4_000 // (size * NUM_CALLS))
                 runs = folder / f"{way.__name__}-{size}-{repeat}"
                 taken = [anyio.run(way, size, runs) for _ in range(rounds)]
                 if repeat >= 0:
