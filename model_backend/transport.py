@@ -105,11 +105,7 @@ class Connection(asyncio.Protocol):
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             self._fail(f"no HTTP: {error}")
-        if not self.is_open:
-            self._transport_close()
-
-    def _transport_close(self) -> None:
-        if self._transport is not None:
+        if not self.is_open and self._transport is not None:
             self._transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -15,7 +15,6 @@ import hashlib
 import json
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -34,7 +33,7 @@ from swarm_sdk.runtime.events import (
     StepFinished,
     StepStarted,
 )
-from swarm_sdk.runtime.hooks import AgentInfo
+from swarm_sdk.runtime.hooks import AgentInfo, inside
 from swarm_sdk.runtime.replay import RecordedAgent, RecordedTurn, ReplayMismatch, check_prompt
 from swarm_sdk.runtime.state import (
     AgentOutcome,
@@ -198,7 +197,7 @@ class _AgentRun:
                 self.last_content = message.content
             if message.tool_calls:
                 self.num_calls += len(message.tool_calls)
-                if recorded is not None and self._was_cut_off(recorder.stage, message):
+                if recorded is not None and recorded.ended_during(recorder.stage, message):
                     return self._recorded_end(recorded)
                 messages = await run_calls(self.agent, message.tool_calls, recorder)
             elif turn.generation.finish_reason == "length":
@@ -226,13 +225,6 @@ class _AgentRun:
     def _recorded_end(self, recorded: RecordedAgent) -> tuple[AgentStatus, str | None]:
         self.last_content = recorded.record.output or self.last_content
         return recorded.record.status, recorded.record.error  # type: ignore[return-value]
-
-    def _was_cut_off(self, stage: int, message: Message) -> bool:
-        """Whether the agent had ended, by the record, while these calls were running."""
-        recorded = self.agent.recorded
-        if recorded is None or not recorded.is_ended or stage + 1 < len(recorded.turns):
-            return False
-        return any(call.id not in recorded.results for call in message.tool_calls)
 
     def _first_messages(self) -> list[Message]:
         spec = self.spec
@@ -326,7 +318,7 @@ class _AgentRun:
         """The model call inside the app's hooks."""
         proceed: Callable[[Sampling], Awaitable[Turn]] = dialogue.sample
         for hooks in reversed(self.state.hooks):
-            proceed = partial(_around_model_call, hooks, self.agent.info, proceed)
+            proceed = inside(hooks.model_call, self.agent.info, proceed)
         return await proceed(sampling)
 
     def _count(self, turn: Turn, stage: int, *, is_replayed: bool) -> None:
@@ -395,16 +387,6 @@ class _AgentRun:
                 )
             )
         return kept
-
-
-async def _around_model_call(
-    hooks: Any,
-    info: AgentInfo,
-    proceed: Callable[[Sampling], Awaitable[Turn]],
-    sampling: Sampling,
-) -> Turn:
-    turn: Turn = await hooks.model_call(info, sampling, proceed)
-    return turn
 
 
 def _json_of(text: str) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from swarm_sdk.types import Sampling, ToolCall, ToolOutput, Turn
 
@@ -29,6 +29,21 @@ class AgentInfo:
     path: str
     name: str
     deps: Any
+
+
+ValueT = TypeVar("ValueT")
+OutcomeT = TypeVar("OutcomeT")
+
+
+def inside(
+    method: Callable[
+        [AgentInfo, ValueT, Callable[[ValueT], Awaitable[OutcomeT]]], Awaitable[OutcomeT]
+    ],
+    agent: AgentInfo,
+    proceed: Callable[[ValueT], Awaitable[OutcomeT]],
+) -> Callable[[ValueT], Awaitable[OutcomeT]]:
+    """``proceed`` inside one hook's method."""
+    return lambda value: method(agent, value, proceed)
 
 
 class Hooks:

@@ -50,6 +50,12 @@ class RecordedAgent:
         """Whether the agent had ended."""
         return self.record.status in ENDED
 
+    def ended_during(self, stage: int, message: Message) -> bool:
+        """Whether the agent had ended while the calls of its turn ``stage`` were running."""
+        if not self.is_ended or stage + 1 < len(self.turns):
+            return False
+        return any(call.id not in self.results for call in message.tool_calls)
+
     @property
     def usage(self) -> Usage:
         """Tokens of its turns on record."""

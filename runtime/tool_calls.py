@@ -12,13 +12,13 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import anyio
 
 from swarm_sdk.errors import LedgerError, SubagentError, ToolError
 from swarm_sdk.runtime.events import ToolFinished, ToolStarted
+from swarm_sdk.runtime.hooks import inside
 from swarm_sdk.runtime.replay import ReplayMismatch
 from swarm_sdk.runtime.state import LivingAgent
 from swarm_sdk.traces.record import AgentRecorder, now_ns
@@ -193,7 +193,7 @@ async def _call(agent: LivingAgent, tool: Tool, call: ToolCall) -> ToolOutput:
 
         around: Callable[[ToolCall], Awaitable[ToolOutput]] = proceed
         for hooks in reversed(state.hooks):
-            around = partial(_around_tool_call, hooks, agent.info, around)
+            around = inside(hooks.tool_call, agent.info, around)
         output = await around(call)
     if not isinstance(output, ToolOutput):
         raise TypeError(f"a tool must return a ToolOutput, got {type(output).__name__}")
@@ -206,16 +206,6 @@ def _is_retry(agent: LivingAgent) -> bool:
     return recorded is not None and agent.state.graph.lengths[agent.spec.path] <= len(
         recorded.turns
     )
-
-
-async def _around_tool_call(
-    hooks: Any,
-    info: Any,
-    proceed: Callable[[ToolCall], Awaitable[ToolOutput]],
-    call: ToolCall,
-) -> ToolOutput:
-    output: ToolOutput = await hooks.tool_call(info, call, proceed)
-    return output
 
 
 def capped(output: ToolOutput, max_chars: int) -> ToolOutput:
