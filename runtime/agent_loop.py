@@ -291,6 +291,7 @@ class _AgentRun:
     async def _sample(self, dialogue: Dialogue, stage: int) -> Turn:
         """One model call within the budget; waits where the episode is paused."""
         state, spec = self.state, self.spec
+        self.agent.stop_if_cancelled()
         if not state.gate.is_open:
             await state.gate.opened()
         state.gate.num_inside += 1

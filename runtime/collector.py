@@ -13,8 +13,9 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-THRESHOLD = 20_000
-"""New objects that may be cyclic garbage: a few MiB at most."""
+THRESHOLD = 100_000
+"""New objects that may be cyclic garbage: some 10 MiB. At 20,000 the collector took 17 % of an
+episode with 5,000 sub-agents, here 7 %."""
 
 _guard = threading.Lock()
 _num_running = 0

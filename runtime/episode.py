@@ -286,6 +286,8 @@ class _Episode:
         except BaseException:
             self._end(started_s)
             raise
+        finally:
+            state.deadlines.close()
         return self._end(started_s)
 
     def _end(self, started_s: float) -> Result[Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
@@ -14,6 +16,7 @@ from pydantic import TypeAdapter
 from swarm_sdk.errors import BudgetExceeded
 from swarm_sdk.runtime.budget import AgentMeter, Scope
 from swarm_sdk.runtime.context import ContextStrategy
+from swarm_sdk.runtime.deadlines import Deadlines
 from swarm_sdk.runtime.events import Emit
 from swarm_sdk.runtime.hooks import AgentInfo, Hooks
 from swarm_sdk.runtime.replay import RecordedAgent, Replay
@@ -148,10 +151,18 @@ class EpisodeState:
     usage: Usage = field(default_factory=Usage)
     outcomes: dict[str, AgentOutcome] = field(default_factory=dict)
     """Agents that ended, by path."""
+    deadlines: Deadlines = field(init=False)
+    """The time limit of tool calls."""
+    host: asyncio.Task[Any] | None = field(default_factory=asyncio.current_task)
+    """The app's task, in which the orchestrator runs; it may have been cancelled before."""
     num_alive: int = 0
     """Sub-agents that run now."""
     max_alive: int = 0
     """The most sub-agents that ran at one time."""
+
+    def __post_init__(self) -> None:
+        """The limit of tool calls is that of ``limits``."""
+        self.deadlines = Deadlines(self.limits.tool_timeout_s)
 
     def out_of_time(self, path: str, exceeded: BudgetExceeded) -> AgentOutcome:
         """Keep and record that a wall-clock limit, not a cancelled episode, ended an agent."""
@@ -210,6 +221,28 @@ class LivingAgent:
     recorded: RecordedAgent | None
     """What an earlier process did of it, where the episode is resumed."""
     resources: AgentResources = field(default_factory=AgentResources)
+    task: asyncio.Task[Any] | None = field(default_factory=asyncio.current_task)
+    """In which its turns run."""
+
+    def stop_if_cancelled(self) -> None:
+        """Let no call start in a task that was cancelled, though a call kept that to itself.
+
+        Raises:
+            asyncio.CancelledError: it was. Where a scope of anyio is cancelled the next ``await``
+                raises it.
+        """
+        if (
+            self.task is not None
+            and self.task.cancelling()
+            and self.task is not self.state.host
+            and not is_scope_cancelled()
+        ):
+            raise asyncio.CancelledError
+
+
+def is_scope_cancelled() -> bool:
+    """Whether a scope of anyio around the current task is cancelled."""
+    return anyio.current_effective_deadline() == -math.inf
 
 
 def unstarted(path: str) -> AgentOutcome:

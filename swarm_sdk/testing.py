@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import json
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -48,22 +47,24 @@ class _Format(Protocol):
 class ByteFormat:
     """A chat format whose ids are UTF-8 bytes, and 256 at the end of each message."""
 
-    def open(self, tools: Sequence[ToolSpec]) -> list[int]:
+    def open(self, tools: Sequence[ToolSpec]) -> Sequence[int]:
         """The names of the tools."""
-        return [*" ".join(tool.name for tool in tools).encode(), 256]
+        return (*" ".join(tool.name for tool in tools).encode(), 256)
 
-    def render(self, message: Message) -> list[int]:
+    def render(self, message: Message) -> Sequence[int]:
         """Role and content."""
-        return [*f"{message.role}: {message.content}".encode(), 256]
+        return (*f"{message.role}: {message.content}".encode(), 256)
 
-    def generation_prompt(self) -> list[int]:
+    def generation_prompt(self) -> Sequence[int]:
         """The assistant's role."""
-        return [*b"assistant: "]
+        return b"assistant: "
 
-    def render_turn(self, message: Message) -> list[int]:
+    def render_turn(self, message: Message) -> Sequence[int]:
         """Content and calls."""
-        made = [f"{c.id}({c.raw_arguments})" for c in message.tool_calls]
-        return [*"\n".join([message.content, *made]).encode(), 256]
+        text = message.content
+        for made in message.tool_calls:
+            text += f"\n{made.id}({made.raw_arguments})"
+        return (*text.encode(), 256)
 
 
 class ScriptedModel:
@@ -136,10 +137,10 @@ class ScriptedDialogue:
         if self._policy is None:
             self._policy = self._model.start(tuple(self._messages))
         said = self._policy(tuple(self._messages), self._tools)
-        if inspect.isawaitable(said):
-            said = await said
-        else:
+        if isinstance(said, str | Message):
             await asyncio.sleep(0)
+        else:
+            said = await said
         message = Message("assistant", said) if isinstance(said, str) else said
         if message.tool_calls:
             made = self._numbered(message.tool_calls)
@@ -147,7 +148,7 @@ class ScriptedDialogue:
                 "assistant", message.content, message.images, message.reasoning, tool_calls=made
             )
         prompt_ids = tuple(self._model.chat_format.generation_prompt())
-        token_ids = tuple(self._model.chat_format.render_turn(message)[: sampling.max_tokens + 1])
+        token_ids = tuple(self._model.chat_format.render_turn(message))
         is_cut = len(token_ids) > sampling.max_tokens
         if is_cut:
             token_ids = token_ids[: sampling.max_tokens]

@@ -14,6 +14,7 @@ int32, log-probabilities as float32. Readers: the viewer, resume, the trainer.
 
 Writes are buffered until ``flush``. ``await committed()`` is the barrier before anything that must
 not happen twice: it yields once, so that all agents of one turn of the event loop share a commit.
+``commit_soon()`` commits in that same turn and lets who calls it go on.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ from __future__ import annotations
 import asyncio
 import json
 import sqlite3
-import sys
+import struct
 import threading
 import time
-from array import array
-from collections.abc import Iterator, Mapping, Sequence
+import types
+from collections import deque
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -71,9 +74,19 @@ CREATE INDEX steps_of_episode ON steps (episode);
 CREATE TABLE media (sha256 TEXT PRIMARY KEY, media_type TEXT NOT NULL, data BLOB NOT NULL);
 """
 _INSERT_STEP = (
-    "INSERT INTO steps (id, episode, agent_path, stage, kind, body, prompt_ids, token_ids,"
-    " logprobs, weight_version, started_ns, ended_ns) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+    "INSERT INTO steps (episode, agent_path, stage, kind, body, prompt_ids, token_ids,"
+    " logprobs, weight_version, started_ns, ended_ns) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 )
+_BEGIN_AGENT = (
+    "INSERT INTO agents (episode, path, parent_path, parent_stage, name, model, prompt,"
+    " started_ns) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+)
+_END_AGENT = (
+    "UPDATE agents SET ended_ns = ?, status = ?, output = ?, error = ?"
+    " WHERE episode = ? AND path = ?"
+)
+_IN_BULK = (_BEGIN_AGENT, _INSERT_STEP, _END_AGENT)
+"""Written after all else of a commit, in this order: an agent may begin and end in one."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -136,23 +149,12 @@ class EpisodeRecord:
     """``critical_steps``, ``total_steps``, token counts; ``None`` while it runs."""
 
 
-def _pack(kind: str, numbers: Sequence[float]) -> bytes | None:
-    if not numbers:
-        return None
-    packed = array(kind, numbers)
-    if sys.byteorder == "big":
-        packed.byteswap()
-    return packed.tobytes()
+def _pack(kind: str, numbers: Sequence[float]) -> bytes:
+    return struct.pack(f"<{len(numbers)}{kind}", *numbers)
 
 
 def _unpack(kind: str, blob: bytes | None) -> tuple[Any, ...]:
-    if blob is None:
-        return ()
-    packed = array(kind)
-    packed.frombytes(blob)
-    if sys.byteorder == "big":
-        packed.byteswap()
-    return tuple(packed)
+    return () if blob is None else struct.unpack(f"<{len(blob) // 4}{kind}", blob)
 
 
 def _json(value: Any) -> str:
@@ -193,6 +195,12 @@ def message_to_json(message: Message) -> dict[str, Any]:
     return stored
 
 
+@types.coroutine
+def _turn_of_the_loop() -> Generator[None]:
+    """``asyncio.sleep(0)`` without its layers."""
+    yield
+
+
 @dataclass(slots=True)
 class Row:
     """A write that waits for the next commit; ``id`` is its row's number after it."""
@@ -222,9 +230,11 @@ class Ledger:
         self.directory: Path = Path(directory)
         self.path: Path = self.directory / FILE_NAME
         self._lock = threading.RLock()
-        self._rows: list[Row] = []
+        self._rows: deque[Row] = deque()
         self._group = 0
         """Counts commits: rows that wait belong to the next one."""
+        self._is_scheduled = False
+        """Whether a flush waits in the event loop."""
         self._failure: LedgerError | None = None
         """Set by the first write that failed: what comes after it would have a gap before it."""
         if readonly and not self.path.is_file():
@@ -303,8 +313,7 @@ class Ledger:
         if self._failure is not None:
             raise self._failure
         row = Row(statement, values)
-        with self._lock:
-            self._rows.append(row)
+        self._rows.append(row)
         return row
 
     def flush(self) -> None:
@@ -317,17 +326,22 @@ class Ledger:
         with self._lock:
             if self._failure is not None:
                 raise self._failure
-            rows, self._rows = self._rows, []
+            rows: dict[str, list[Row]] = {}
+            for _ in range(len(self._rows)):
+                row = self._rows.popleft()
+                rows.setdefault(row.statement, []).append(row)
             if not rows:
                 return
             self._group += 1
             execute = self._db.execute
             try:
                 execute("BEGIN IMMEDIATE")
-                self._insert_steps([row for row in rows if row.statement is _INSERT_STEP])
-                for row in rows:
-                    if row.statement is not _INSERT_STEP:
+                for statement in rows.keys() - set(_IN_BULK):
+                    for row in rows[statement]:
                         row.id = execute(row.statement, row.values).lastrowid or 0
+                for statement in _IN_BULK:
+                    if statement in rows:
+                        self._execute_many(statement, rows[statement])
                 execute("COMMIT")
             except Exception as error:  # whatever it was: a part of the record is missing now
                 if self._db.in_transaction:
@@ -338,28 +352,40 @@ class Ledger:
                 )
                 raise self._failure from error
 
-    def _insert_steps(self, rows: Sequence[Row]) -> None:
-        """Write steps in one go; their ids are given here, where no other process can write."""
-        if not rows:
-            return
-        last: int = self._db.execute("SELECT coalesce(max(id), 0) FROM steps").fetchone()[0]
-        for row in rows:
-            last += 1
-            row.id = last
-        self._db.executemany(_INSERT_STEP, [(row.id, *row.values) for row in rows])
+    def _execute_many(self, statement: str, rows: Sequence[Row]) -> None:
+        """Write rows of one kind in one go: half of what they cost one by one."""
+        self._db.executemany(statement, [row.values for row in rows])
+        if statement is _INSERT_STEP:  # ids go up by one: nobody else can write in between
+            (last,) = self._db.execute("SELECT last_insert_rowid()").fetchone()
+            for number, row in enumerate(rows, last - len(rows) + 1):
+                row.id = number
 
     async def committed(self) -> None:
         """Return when everything written so far is committed; raises as ``flush``."""
         group = self._group
         try:
             if self._rows:
-                await asyncio.sleep(0)
+                await _turn_of_the_loop()
         finally:  # also where the task is cancelled: what happened is on record
             with self._lock:  # waits where another thread is in the middle of a commit
                 if self._group == group:  # the first to come back commits for all of this turn
                     self.flush()
         if self._failure is not None:
             raise self._failure
+
+    def commit_soon(self) -> None:
+        """Commit everything written so far in the next turn of the event loop, with all others.
+
+        Nobody waits for it: where it fails, the next write and the next ``committed`` raise.
+        """
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            asyncio.get_running_loop().call_soon(self._flush_scheduled)
+
+    def _flush_scheduled(self) -> None:
+        self._is_scheduled = False
+        with suppress(LedgerError):  # kept in ``_failure``
+            self.flush()
 
     def begin_episode(self, episode: EpisodeRecord) -> None:
         """Commit that an episode started, and claim it for this process."""
@@ -431,8 +457,7 @@ class Ledger:
     def begin_agent(self, episode_id: str, agent: AgentRecord) -> None:
         """Record that an agent started."""
         self._write(
-            "INSERT INTO agents (episode, path, parent_path, parent_stage, name, model,"
-            " prompt, started_ns) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            _BEGIN_AGENT,
             (
                 self._row_of(episode_id),
                 agent.path,
@@ -457,27 +482,40 @@ class Ledger:
     ) -> None:
         """Record how an agent ended."""
         self._write(
-            "UPDATE agents SET ended_ns = ?, status = ?, output = ?, error = ?"
-            " WHERE episode = ? AND path = ?",
+            _END_AGENT,
             (ended_ns, status, _text(output), _text(error), self._row_of(episode_id), path),
         )
 
-    def append(self, episode_id: str, step: StepRecord) -> Row:
-        """Record one step; the row has its id after the next commit."""
+    def append(
+        self,
+        episode_id: str,
+        agent_path: str,
+        stage: int,
+        kind: StepKind,
+        body: Mapping[str, Any],
+        *,
+        prompt_ids: Sequence[int] = (),
+        token_ids: Sequence[int] = (),
+        logprobs: Sequence[float] = (),
+        weight_version: int | None = None,
+        started_ns: int = 0,
+        ended_ns: int = 0,
+    ) -> Row:
+        """Record one step, as ``StepRecord`` tells; the row has its id after the next commit."""
         return self._write(
             _INSERT_STEP,
             (
                 self._row_of(episode_id),
-                step.agent_path,
-                step.stage,
-                step.kind,
-                _json(step.body),
-                _pack("i", step.prompt_ids),
-                _pack("i", step.token_ids),
-                _pack("f", step.logprobs),
-                step.weight_version,
-                step.started_ns,
-                step.ended_ns,
+                agent_path,
+                stage,
+                kind,
+                _json(body),
+                _pack("i", prompt_ids) if prompt_ids else None,
+                _pack("i", token_ids) if token_ids else None,
+                _pack("f", logprobs) if logprobs else None,
+                weight_version,
+                started_ns,
+                ended_ns,
             ),
         )
 

@@ -1,6 +1,7 @@
 """One record a step, then one span that points to it.
 
-    append to the ledger ──> await committed() ──> the span ends
+    a turn            append to the ledger ──> await committed() ──> its span ends
+    a tool's result   append to the ledger ──> commit_soon()          its span ends with the next
 
 The order is the rule: the row is committed first, its id becomes the attribute
 ``swarm.ledger.step_id``, then the span ends. Spans go to whatever OpenTelemetry provider the app
@@ -17,7 +18,7 @@ from typing import Any
 from opentelemetry.trace import SpanContext
 
 from swarm_sdk.traces import schema
-from swarm_sdk.traces.ledger import AgentRecord, Ledger, StepRecord, message_to_json
+from swarm_sdk.traces.ledger import AgentRecord, Ledger, message_to_json
 from swarm_sdk.traces.spans import EpisodeSpans, Step
 from swarm_sdk.types import Image, Message, ToolCall, ToolOutput, Turn
 
@@ -90,18 +91,16 @@ class AgentRecorder:
             body["reset"], self._reset = self._reset, None
         row = self.ledger.append(
             self.episode_id,
-            StepRecord(
-                agent_path=self.path,
-                stage=self.stage,
-                kind="sample",
-                body=body,
-                prompt_ids=(*observed_ids, *turn.prompt_ids),
-                token_ids=generation.token_ids,
-                logprobs=generation.logprobs,
-                weight_version=generation.weight_version,
-                started_ns=started_ns,
-                ended_ns=ended_ns,
-            ),
+            self.path,
+            self.stage,
+            "sample",
+            body,
+            prompt_ids=(*observed_ids, *turn.prompt_ids),
+            token_ids=generation.token_ids,
+            logprobs=generation.logprobs,
+            weight_version=generation.weight_version,
+            started_ns=started_ns,
+            ended_ns=ended_ns,
         )
         if self._spans.is_on:
             attributes = {
@@ -119,27 +118,26 @@ class AgentRecorder:
     def tool(
         self, call: ToolCall, output: ToolOutput, *, error: str | None, started_ns: int
     ) -> None:
-        """Record one tool call's result. ``error`` names what went wrong."""
+        """Record one tool call's result, to be committed soon. ``error`` names what went wrong."""
         if output.images:
             self.ledger.put_media(output.images)
         ended_ns = now_ns()
         row = self.ledger.append(
             self.episode_id,
-            StepRecord(
-                agent_path=self.path,
-                stage=self.stage,
-                kind="tool",
-                body={
-                    "call_id": call.id,
-                    "name": call.name,
-                    "content": output.content,
-                    "images": [[image.sha256, image.name] for image in output.images],
-                    "error": error,
-                },
-                started_ns=started_ns,
-                ended_ns=ended_ns,
-            ),
+            self.path,
+            self.stage,
+            "tool",
+            {
+                "call_id": call.id,
+                "name": call.name,
+                "content": output.content,
+                "images": [[image.sha256, image.name] for image in output.images],
+                "error": error,
+            },
+            started_ns=started_ns,
+            ended_ns=ended_ns,
         )
+        self.ledger.commit_soon()
         if self._spans.is_on:
             attributes = {
                 schema.OPERATION: schema.EXECUTE_TOOL,
@@ -165,8 +163,14 @@ class AgentRecorder:
             self.end_spans()
 
     def end_spans(self) -> None:
-        """End the spans whose rows are committed."""
+        """End all spans; their rows are committed first, where they are not.
+
+        Raises:
+            LedgerError: the record cannot be written.
+        """
         ended, self._open = self._open, []
+        if ended and not ended[-1][0].id:
+            self.ledger.flush()
         for row, _, attributes, _, _ in ended:
             attributes[schema.LEDGER_STEP_ID] = row.id
         self._spans.steps(self._span, ended)

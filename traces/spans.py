@@ -42,9 +42,11 @@ class EpisodeSpans:
 
     __slots__ = (
         "_flags",
+        "_is_sdk",
         "_new_id",
         "_processor",
-        "_root",
+        "_resource",
+        "_scope",
         "_state",
         "_trace_id",
         "is_on",
@@ -56,13 +58,15 @@ class EpisodeSpans:
         self.tracer: trace.Tracer = tracer
         self.is_on: bool = root.is_recording()
         """Whether anybody collects the spans of this episode."""
-        self._root: ReadableSpan | None = None
+        self._is_sdk = False
         context = root.get_span_context()
         self._trace_id: int = context.trace_id
         self._flags: TraceFlags = context.trace_flags
         self._state: TraceState = context.trace_state
         if self.is_on and isinstance(tracer, SdkTracer) and isinstance(root, ReadableSpan):
-            self._root = root
+            self._is_sdk = True
+            self._resource = root.resource
+            self._scope = root.instrumentation_scope
             self._processor = tracer.span_processor
             self._new_id = tracer.id_generator.generate_span_id
 
@@ -74,7 +78,7 @@ class EpisodeSpans:
         if not self.is_on:
             yield None
             return
-        if self._root is None:
+        if not self._is_sdk:
             with self.tracer.start_as_current_span(
                 name, start_time=started_ns, attributes=attributes
             ):
@@ -83,17 +87,17 @@ class EpisodeSpans:
         parent = trace.get_current_span().get_span_context()
         own = self._child()
         token = otel_context.attach(trace.set_span_in_context(NonRecordingSpan(own)))
-        is_error = True
+        status = _ERROR
         try:
             yield own
-            is_error = False
+            status = _UNSET
         finally:
             otel_context.detach(token)
-            self._emit(name, own, parent, attributes, started_ns, now_ns(), is_error=is_error)
+            self._emit(name, own, parent, attributes, started_ns, now_ns(), status)
 
     def steps(self, parent: SpanContext | None, ended: Sequence[Step]) -> None:
         """Spans that are over; ``parent`` is what ``agent`` gave."""
-        if self._root is None or parent is None:
+        if not self._is_sdk or parent is None:
             for _, name, attributes, started_ns, ended_ns in ended:
                 span = self.tracer.start_span(name, start_time=started_ns, attributes=attributes)
                 if schema.ERROR_TYPE in attributes:
@@ -101,19 +105,11 @@ class EpisodeSpans:
                 span.end(end_time=ended_ns)
             return
         for _, name, attributes, started_ns, ended_ns in ended:
-            is_error = schema.ERROR_TYPE in attributes
-            self._emit(
-                name, self._child(), parent, attributes, started_ns, ended_ns, is_error=is_error
-            )
+            status = _ERROR if schema.ERROR_TYPE in attributes else _UNSET
+            self._emit(name, self._child(), parent, attributes, started_ns, ended_ns, status)
 
     def _child(self) -> SpanContext:
-        return SpanContext(
-            self._trace_id,
-            self._new_id(),
-            is_remote=False,
-            trace_flags=self._flags,
-            trace_state=self._state,
-        )
+        return SpanContext(self._trace_id, self._new_id(), False, self._flags, self._state)  # noqa: FBT003
 
     def _emit(
         self,
@@ -123,20 +119,18 @@ class EpisodeSpans:
         attributes: Mapping[str, Any],
         started_ns: int,
         ended_ns: int,
-        *,
-        is_error: bool,
+        status: Status,
     ) -> None:
-        assert self._root is not None
         self._processor.on_end(
             ReadableSpan(
                 name=name,
                 context=own,
                 parent=parent,
-                resource=self._root.resource,
+                resource=self._resource,
                 attributes=attributes,
-                status=_ERROR if is_error else _UNSET,
+                status=status,
                 start_time=started_ns,
                 end_time=ended_ns,
-                instrumentation_scope=self._root.instrumentation_scope,
+                instrumentation_scope=self._scope,
             )
         )

@@ -440,3 +440,40 @@ def test_a_run_directory_may_have_any_name(tmp_path: Path) -> None:
     runs = tmp_path / "what? 100% #1"
     Swarm(ScriptedModel(lambda m, t: "ok"), runs=runs).run_sync("go")
     assert (runs / "ledger.db").is_file()
+
+
+def test_nothing_starts_after_a_cancellation_that_tools_of_subagents_keep_to_themselves(
+    tmp_path: Path,
+) -> None:
+    started: list[str] = []
+    is_cancelled = False
+
+    async def stubborn(text: str) -> str:
+        """Go on, whatever happens."""
+        started.append("late tool" if is_cancelled else "tool")
+        try:
+            await asyncio.sleep(30)
+        except asyncio.CancelledError:
+            return text
+        return text
+
+    def say(messages: Sequence[Message], tools: Sequence[ToolSpec]) -> Message | str:
+        started.append("late model" if is_cancelled else "model")
+        if is_main(tools) and not results(messages):
+            assign = [call("assign_task", agent="worker", prompt=str(i)) for i in range(3)]
+            return calls(call("create_subagent", name="worker", system_prompt="x"), *assign)
+        return calls(call("stubborn", text="x"))
+
+    async def main() -> None:
+        nonlocal is_cancelled
+        async with Swarm(ScriptedModel(say), tools=[stubborn], runs=tmp_path) as swarm:
+            run = asyncio.create_task(swarm.run("go"))
+            while started.count("tool") < 3:  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+            is_cancelled = True
+            run.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await run
+
+    anyio.run(main)
+    assert started == ["model"] * 4 + ["tool"] * 3

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from swarm_sdk.errors import LedgerError
-from swarm_sdk.traces.ledger import AgentRecord, EpisodeRecord, Ledger, StepRecord
+from swarm_sdk.traces.ledger import AgentRecord, EpisodeRecord, Ledger
 from swarm_sdk.traces.trajectory import branches
 from swarm_sdk.types import Image
 
@@ -51,16 +51,14 @@ def test_sampled_ids_and_logprobs_come_back_bit_for_bit(
     for stage, turn in enumerate(turns):
         ledger.append(
             "e1",
-            StepRecord(
-                agent_path="main",
-                stage=stage,
-                kind="sample",
-                body={},
-                prompt_ids=(7, 8, 9),
-                token_ids=tuple(i for i, _ in turn),
-                logprobs=tuple(p for _, p in turn),
-                weight_version=3,
-            ),
+            "main",
+            stage,
+            "sample",
+            {},
+            prompt_ids=(7, 8, 9),
+            token_ids=tuple(i for i, _ in turn),
+            logprobs=tuple(p for _, p in turn),
+            weight_version=3,
         )
     ledger.close()
     reopened = Ledger(directory, readonly=True)
@@ -77,7 +75,7 @@ def test_sampled_ids_and_logprobs_come_back_bit_for_bit(
 
 def test_an_episode_without_token_ids_cannot_become_a_trajectory(tmp_path: Path) -> None:
     ledger = _ledger(tmp_path)
-    ledger.append("e1", StepRecord(agent_path="main", stage=0, kind="sample", body={}))
+    ledger.append("e1", "main", 0, "sample", {})
     with pytest.raises(LedgerError, match="chat completions only"):
         branches(ledger, "e1")
     ledger.close()
