@@ -97,7 +97,7 @@ class DecodeNetwork:
         num_places = max_rows * (shape.chosen + 1)
         widest = max(text.intermediate_size, text.moe_intermediate_size * text.n_shared_experts)
         own_of_experts = max_rows * _padded(shape.experts) + num_places * (2 + 2 * TILE)
-        own_of_attention = 9 * kernel.BLOCK + 2 * TILE + kernel.LANES * kv.shape[2]
+        own_of_attention = kernel.LANES * (kernel.BLOCK + 1 + kv.shape[2])
 
         def floats(*sizes: int) -> Tensor:
             return torch.zeros(sizes, dtype=torch.float32)
@@ -127,7 +127,7 @@ class DecodeNetwork:
             best=integers(max_rows),
             logprobs=floats(max_rows),
             private=floats(self.num_threads, own),
-            places=integers(self.num_threads, 6 * num_places + shape.experts + 160),
+            places=integers(self.num_threads, 5 * num_places + shape.experts + 4 * kernel.BLOCK),
             control=integers(kernel.ATTENTION + shape.layers),
         )
         per_thread = ("private", "places")
@@ -146,7 +146,7 @@ class DecodeNetwork:
             self._buffers,
         )
         self._kernel = kernel
-        self._team = _Team(self) if self.num_threads > 1 else None
+        self._team: _Team | None = None
 
     def step(self, ids: list[int], positions: list[int], pages: list[list[int]]) -> Tensor:
         """Compute one token of each row and return its logits [B, vocabulary], valid until the next.
@@ -162,7 +162,8 @@ class DecodeNetwork:
             buffers.pages[start : start + len(held)] = held
         buffers.control[self._kernel.NUM_ROWS] = num_rows
         self._kernel.post(self._shape, buffers)
-        if self._team:
+        if self.num_threads > 1:
+            self._team = self._team or _Team(self)
             self._team.wake()
         self._kernel.step(*self._arguments, 0, self.num_threads)
         return self.logits[:num_rows, : self._shape.vocabulary]

@@ -40,6 +40,8 @@ from swarm_sdk.model_backend.kernels.simd import (
     multiply_add_rows,
     offer_core,
     offsets,
+    prefetch_rows,
+    prefetch_weights,
     splat,
     store,
     store_rows,
@@ -60,7 +62,7 @@ TILE = 16
 """Columns of one product."""
 LANES = 8
 """Heads that attention scores at once, and keys."""
-BLOCK = 64
+BLOCK = 32
 """Keys of one turn of the running softmax."""
 IDLE_SPINS = 200_000
 """Looks for the next step before a helping thread goes to sleep: about half a millisecond."""
@@ -167,6 +169,7 @@ def _rows(
     """Multiply as many rows as ``sums`` has by one tile of a matrix."""
     at = offsets(sums, x_at, first)
     for k in range(depth):
+        prefetch_weights(w, w_row + depth + k)
         sums = multiply_add_rows(sums, x, at, k, load_weights(w, w_row + k))
     to = offsets(sums, y_at, first)
     if is_added:
@@ -192,6 +195,8 @@ def _one_row(
     a, b, c, d = zeros(4, 16)
     at = x_at[first]
     for k in range(0, depth, 4):
+        prefetch_weights(w, w_row + depth + k)
+        prefetch_weights(w, w_row + depth + k + 2)
         a = multiply_add(splat(a, x[at + k]), load_weights(w, w_row + k), a)
         b = multiply_add(splat(b, x[at + k + 1]), load_weights(w, w_row + k + 1), b)
         c = multiply_add(splat(c, x[at + k + 2]), load_weights(w, w_row + k + 2), c)
@@ -212,18 +217,17 @@ def product(
     x_at: Integers,
     y: Floats,
     y_at: Integers,
-    first: int,
     num: int,
     column: int,
     is_added: bool,  # noqa: FBT001
 ) -> None:
     """Columns ``column … + 16`` of y = x W, or y += x W, for ``num`` rows that lie anywhere.
 
-    Row r is read from ``x[x_at[r]:]`` and written to ``y[y_at[r]:]``, r = first … first + num.
+    Row r is read from ``x[x_at[r]:]`` and written to ``y[y_at[r]:]``.
     """
-    stop = first + num
-    while first < stop:
-        left = stop - first
+    first = 0
+    while first < num:
+        left = num - first
         take = left if left <= 6 else 6 if left >= 12 else (left + 1) // 2
         if take == 6:
             _rows(zeros(6, 16), w, w_row, depth, x, x_at, y, y_at, first, column, is_added)
@@ -278,6 +282,22 @@ def _rotate(x: Floats, x_at: int, rotation: Floats, at: int, width: int, y: Floa
 
 
 @compiled
+def _find(
+    shape: Shape, pages: Integers, row: int, start: int, stop: int, base: int, at: Integers
+) -> None:
+    """Places of a block of keys; the last one again behind ``stop``."""
+    page, offset = row * shape.pages + start // shape.page_size, start % shape.page_size
+    width, place = shape.latent + shape.rope, 0
+    for i in range(BLOCK):
+        if start + i < stop:
+            place = base + (pages[page] * shape.page_size + offset) * width
+            offset += 1
+            if offset == shape.page_size:
+                page, offset = page + 1, 0
+        at[i] = place
+
+
+@compiled
 def _attend(
     shape: Shape,
     buffers: Buffers,
@@ -286,6 +306,7 @@ def _attend(
     first_key: int,
     last_key: int,
     part: int,
+    next_row: int,
     private: Floats,
     places: Integers,
 ) -> None:
@@ -296,8 +317,10 @@ def _attend(
     """
     width, latent, heads = shape.latent + shape.rope, shape.latent, shape.heads
     kv, out, stats = buffers.kv, buffers.parts, buffers.stats
-    scores, factors, query = private[: BLOCK * LANES], private[512:520], private[576:]
-    key_at, row_at, out_at, head_at = places[:64], places[64:128], places[128:136], places[136:144]
+    scores, factors = private[: BLOCK * LANES], private[BLOCK * LANES :]
+    query = factors[LANES:]
+    key_at, next_at, row_at = places[:BLOCK], places[BLOCK:], places[2 * BLOCK :]
+    out_at, head_at = places[3 * BLOCK :], places[3 * BLOCK + LANES :]
     _lay(row_at, 0, LANES, BLOCK)
     _lay(head_at, 0, 1, LANES)
     base = layer * shape.slots * width
@@ -312,25 +335,32 @@ def _attend(
             for c in range(width):
                 query[c * LANES + h] = buffers.q_key[source + c] * shape.softmax_scale
         for h in range(num_heads):
-            out[out_at[h] : out_at[h] + latent] = 0.0
+            for c in range(out_at[h], out_at[h] + latent):
+                out[c] = 0.0
         mass = zeros(1, 8)[0]
         top = splat(mass, np.float32(-1e30))
         for start in range(first_key, last_key, BLOCK):
             num = min(BLOCK, last_key - start)
-            page, offset = row * shape.pages + start // shape.page_size, start % shape.page_size
-            for i in range(num):
-                slot = buffers.pages[page] * shape.page_size + offset
-                key_at[i] = base + slot * width
-                offset += 1
-                if offset == shape.page_size:
-                    page, offset = page + 1, 0
-            for i in range(num, (num + LANES - 1) // LANES * LANES):
-                key_at[i] = key_at[num - 1]
+            if start == first_key:
+                _find(shape, buffers.pages, row, start, last_key, base, key_at)
+            else:
+                for i in range(BLOCK):
+                    key_at[i] = next_at[i]
+            # What is read next: the following block, or that of the next row.
+            if start + BLOCK < last_key:
+                _find(shape, buffers.pages, row, start + BLOCK, last_key, base, next_at)
+            else:
+                last_of_next = buffers.positions[next_row]
+                _find(shape, buffers.pages, next_row, 0, last_of_next, base, next_at)
             for i in range(0, num, LANES):
                 sums = zeros(8, 8)
                 at = offsets(sums, key_at, i)
-                for c in range(width):
-                    sums = multiply_add_rows(sums, kv, at, c, load(query, c * LANES, 8))
+                ahead = offsets(sums, next_at, i)
+                for block in range(0, width, 8):
+                    if block % 16 == 0:
+                        prefetch_rows(sums, kv, ahead, block)
+                    for c in range(block, block + 8):
+                        sums = multiply_add_rows(sums, kv, at, c, load(query, c * LANES, 8))
                 store_rows(scores, offsets(sums, row_at, i), 0, sums)
             higher = top
             for i in range(num):
@@ -407,7 +437,8 @@ def _route(
     """
     experts, padded = shape.experts, (shape.experts + TILE - 1) // TILE * TILE
     one = splat(zeros(1, 16)[0], np.float32(1.0))
-    ends[: experts + 1] = 0
+    for expert in range(experts):
+        ends[expert] = 0
     for row in range(num_rows):
         base = row * padded
         for c in range(base, base + padded, 16):
@@ -515,7 +546,7 @@ def step(
         for tile in range(start, stop):
             product(
                 w, at[QKV_A] + tile * hidden, hidden, normed, x_at, b.a, y_at,
-                0, num, tile * TILE, False,
+                num, tile * TILE, False,
             )
         wait_for_all(b.control, BARRIER, num_threads)
 
@@ -544,10 +575,10 @@ def step(
             _lay(z_at, head * shape.key_padded, heads * shape.key_padded, num)
             for tile in range(shape.q_padded // TILE):
                 w_row = at[Q_B] + (head * shape.q_padded // TILE + tile) * q_rank
-                product(w, w_row, q_rank, normed, x_at, b.q, y_at, 0, num, tile * TILE, False)
+                product(w, w_row, q_rank, normed, x_at, b.q, y_at, num, tile * TILE, False)
             for tile in range(latent // TILE):
                 w_row = at[W_UK] + (head * latent // TILE + tile) * shape.nope
-                product(w, w_row, shape.nope, b.q, y_at, b.q_key, z_at, 0, num, tile * TILE, False)
+                product(w, w_row, shape.nope, b.q, y_at, b.q_key, z_at, num, tile * TILE, False)
             for row in range(num):
                 _rotate(
                     b.q, y_at[row] + shape.nope, b.rotation, b.positions[row] * shape.rope,
@@ -560,7 +591,8 @@ def step(
         while part < num * num_parts:
             row = part // num_parts
             first, last = _share(b.positions[row] + 1, part % num_parts, num_parts)
-            _attend(shape, b, layer, row, first, last, part, own, places)
+            next_row = min(row + num_threads, num - 1)
+            _attend(shape, b, layer, row, first, last, part, next_row, own, places)
             part = take_ticket(b.control, ATTENTION + layer)
         wait_for_all(b.control, BARRIER, num_threads)
 
@@ -573,7 +605,7 @@ def step(
             _lay(y_at, head * shape.value_padded, heads * shape.value_padded, num)
             for tile in range(shape.value_padded // TILE):
                 w_row = at[W_UV] + (head * shape.value_padded // TILE + tile) * latent
-                product(w, w_row, latent, b.parts, x_at, b.value, y_at, 0, num, tile * TILE, False)
+                product(w, w_row, latent, b.parts, x_at, b.value, y_at, num, tile * TILE, False)
         wait_for_all(b.control, BARRIER, num_threads)
 
         # -> x += attention
@@ -583,7 +615,7 @@ def step(
         start, stop = _share(hidden // TILE, thread, num_threads)
         for tile in range(start, stop):
             w_row = at[OUT] + tile * depth
-            product(w, w_row, depth, b.value, x_at, b.x, y_at, 0, num, tile * TILE, True)
+            product(w, w_row, depth, b.value, x_at, b.x, y_at, num, tile * TILE, True)
         wait_for_all(b.control, BARRIER, num_threads)
 
         # -> gates and ups of every expert that was chosen; each thread routes for itself
@@ -594,13 +626,14 @@ def step(
             _lay(y_at, 0, router_width, num)
             for tile in range(router_width // TILE):
                 w_row = at[ROUTER] + tile * hidden
-                product(w, w_row, hidden, normed, x_at, router, y_at, 0, num, tile * TILE, False)
+                product(w, w_row, hidden, normed, x_at, router, y_at, num, tile * TILE, False)
             _route(shape, num, router, vectors, at[BIAS], weights, row_of, ends, chosen)
             for place in range(num_places):
                 x_at[place] = row_of[place] * hidden
         else:
             ends[0] = num
-            weights[:num] = 1.0
+            for row in range(num):
+                weights[row] = 1.0
         num_inner = ends[experts]
         _lay(y_at, 0, 2 * TILE, num_inner)
         # Rows of inner values end to end: of routed experts, then of the shared one.
@@ -619,8 +652,8 @@ def step(
                     for half in range(2):
                         w_row = w_start + (2 * tile + half) * hidden
                         product(
-                            w, w_row, hidden, normed, x_at, gate_up, y_at,
-                            first, count, half * TILE, False,
+                            w, w_row, hidden, normed, x_at[first:], gate_up, y_at[first:],
+                            count, half * TILE, False,
                         )
                     for place in range(first, ends[expert]):
                         gate = load(gate_up, y_at[place], 16)
@@ -653,7 +686,8 @@ def step(
                 for tile in range(start, stop):
                     w_row = w_start + tile * depth
                     product(
-                        w, w_row, depth, b.inner, x_at, b.x, y_at, first, count, tile * TILE, True
+                        w, w_row, depth, b.inner, x_at[first:], b.x, y_at[first:],
+                        count, tile * TILE, True,
                     )
             first = ends[expert]
         wait_for_all(b.control, BARRIER, num_threads)
@@ -665,7 +699,7 @@ def step(
     start, stop = _share(padded // TILE, thread, num_threads)
     for tile in range(start, stop):
         w_row = shape.head + tile * hidden
-        product(w, w_row, hidden, normed, x_at, b.logits, y_at, 0, num, tile * TILE, False)
+        product(w, w_row, hidden, normed, x_at, b.logits, y_at, num, tile * TILE, False)
     wait_for_all(b.control, BARRIER, num_threads)
     start, stop = _share(num, thread, num_threads)
     for row in range(start, stop):
@@ -676,7 +710,8 @@ def step(
 @compiled
 def post(shape: Shape, b: Buffers) -> None:
     """Announce a step to the threads that follow; what was written before is seen by them."""
-    b.control[ATTENTION : ATTENTION + shape.layers] = 0
+    for layer in range(shape.layers):
+        b.control[ATTENTION + layer] = 0
     take_ticket(b.control, POSTED)
 
 

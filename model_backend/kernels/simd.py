@@ -207,6 +207,37 @@ def load_weights(typing: Any, packed: Any, row: Any) -> Any:
     return Vector(16)(packed, types.int64), generate
 
 
+def _prefetch(builder: Any, pointer: Any) -> None:
+    hints = [ir.Constant(_INT32, hint) for hint in (0, 3, 1)]  # to read, into all caches, data
+    _call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, *hints)
+
+
+@intrinsic
+def prefetch_rows(typing: Any, like: Any, array: Any, at: Any, column: Any) -> Any:
+    """Fetch the cache line of ``array[at[r] + column]`` for as many r as ``like`` has vectors."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        for place in cgutils.unpack_tuple(builder, args[2]):
+            index = builder.add(place, args[3])
+            _prefetch(builder, _pointer(context, builder, array, args[1], index, ir.IntType(8)))
+        return context.get_dummy_value()
+
+    return types.void(like, array, at, types.int64), generate
+
+
+@intrinsic
+def prefetch_weights(typing: Any, packed: Any, row: Any) -> Any:
+    """Fetch the cache line of a row of weights; it may lie beyond the end."""
+    words = 16 if packed.dtype == types.float32 else 8
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        index = builder.mul(args[1], ir.Constant(_INT64, words))
+        _prefetch(builder, _pointer(context, builder, packed, args[0], index, ir.IntType(8)))
+        return context.get_dummy_value()
+
+    return types.void(packed, types.int64), generate
+
+
 @intrinsic
 def splat(typing: Any, like: Any, scalar: Any) -> Any:
     """Return ``scalar`` in every lane, as many as ``like`` has."""
