@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import threading
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.nn import functional
 
 from swarm_sdk.model_backend.model.mla import up_projections
-from swarm_sdk.model_backend.model.moe import MixtureOfExperts
+from swarm_sdk.model_backend.model.moe import MixtureOfExperts, SwiGLU
 from swarm_sdk.model_backend.model.rope import text_rotation
 
 if TYPE_CHECKING:
@@ -63,7 +63,9 @@ class DecodeNetwork:
 
         text = model.config.text_config
         packer = _Packer()
-        table = torch.tensor([_pack_layer(layer, packer, kernel) for layer in model.layers])
+        table = torch.tensor(
+            [_pack_layer(cast("DecoderLayer", layer), packer) for layer in model.layers]
+        )
         head_norm, head = packer.vector(model.norm.weight), packer.matrix(model.lm_head.weight)
         self.num_threads: int = min(torch.get_num_threads(), MAX_THREADS)
         num_pages = kv.shape[1] // page_size
@@ -108,7 +110,7 @@ class DecodeNetwork:
         rotation = text_rotation(torch.arange(text.max_position_embeddings), text)
         self.logits: Tensor = floats(max_rows, padded_vocabulary)
         own = max_rows * shape.hidden + max(own_of_experts, own_of_attention)
-        tensors = kernel.Buffers(  # type: ignore[arg-type]
+        tensors: dict[str, Tensor] = dict(
             kv=kv.detach(),
             embedding=model.embed_tokens.weight.detach(),
             rotation=torch.view_as_real(rotation).contiguous(),
@@ -131,25 +133,26 @@ class DecodeNetwork:
             control=integers(kernel.ATTENTION + shape.layers),
         )
         per_thread = ("private", "places")
-        self._buffers = kernel.Buffers(
-            *(
-                (tensor if name in per_thread else tensor.flatten()).numpy()
-                for name, tensor in zip(kernel.Buffers._fields, tensors, strict=True)
-            )
-        )
+        arrays: dict[str, Any] = {
+            name: (tensor if name in per_thread else tensor.flatten()).numpy()
+            for name, tensor in tensors.items()
+        }
+        self._buffers = kernel.Buffers(**arrays)
         weights = packer.packed()
-        self._arguments = (
+        self.weight_bytes: int = weights.nbytes
+        """Of all packed matrices."""
+        self._arguments: tuple[Any, ...] = (
             self._shape,
             weights.numpy().view("uint32") if weights.dtype == torch.int32 else weights.numpy(),
             torch.cat(packer.vectors).numpy(),
             table.numpy(),
             self._buffers,
         )
-        self._kernel = kernel
+        self._kernel: Any = kernel
         self._team: _Team | None = None
 
     def step(self, ids: list[int], positions: list[int], pages: list[list[int]]) -> Tensor:
-        """Compute one token of each row and return its logits [B, vocabulary], valid until the next.
+        """Compute one token of each row; returns logits [B, vocabulary], valid until the next step.
 
         Row i reads and writes the cache at its ``pages``. ``best`` tells the most likely ids.
         """
@@ -175,7 +178,8 @@ class DecodeNetwork:
 
     def follow(self, thread: int, seen: int) -> int:
         """Take part in steps as thread ``thread``; see ``kernel.follow``."""
-        return self._kernel.follow(*self._arguments, thread, self.num_threads, seen)
+        last: int = self._kernel.follow(*self._arguments, thread, self.num_threads, seen)
+        return last
 
     def close(self) -> None:
         """End the threads."""
@@ -253,7 +257,7 @@ class _Packer:
         return (bits[:, :8] >> 16 & 0xFFFF | bits[:, 8:]).flatten()
 
 
-def _pack_layer(layer: DecoderLayer, packer: _Packer, kernel: object) -> list[int]:
+def _pack_layer(layer: DecoderLayer, packer: _Packer) -> list[int]:
     """Pack a layer; returns its row of the table, in the order of the kernel's places."""
     attention, config = layer.self_attn, layer.self_attn.config
     heads = config.num_attention_heads
@@ -262,8 +266,8 @@ def _pack_layer(layer: DecoderLayer, packer: _Packer, kernel: object) -> list[in
     out = attention.o_proj.weight.view(-1, heads, config.v_head_dim)
     out = functional.pad(out, (0, -config.v_head_dim % TILE))
     mixture = layer.mlp if isinstance(layer.mlp, MixtureOfExperts) else None
-    shared = mixture.shared_experts if mixture else layer.mlp
-    row = [
+    shared = layer.mlp if isinstance(layer.mlp, SwiGLU) else layer.mlp.shared_experts
+    return [
         packer.matrix(attention.qkv_a_proj.weight),
         _matrices(packer, q_b),
         _matrices(packer, w_uk_HNL.transpose(1, 2)),
@@ -282,12 +286,12 @@ def _pack_layer(layer: DecoderLayer, packer: _Packer, kernel: object) -> list[in
         config.n_routed_experts if mixture else 0,
         shared.down_proj.weight.shape[1],
     ]
-    return row
 
 
 def _matrices(packer: _Packer, weights: Iterable[Tensor]) -> int:
     """Pack matrices one behind the other; returns the place of the first."""
-    return [packer.matrix(weight) for weight in weights][0]
+    places = [packer.matrix(weight) for weight in weights]
+    return places[0]
 
 
 def _tiles_in_turn(gate_up_2ID: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
     embed ── layers ─┬─ norm ── qkv_a ─┬─ norm ── q_b, W_UK: queries over latents ─┐
                      │                 └─ norm, rotate: the key of this token ─────┤
                      │   += o <── W_UV <── merge <── attention over pages <────────┘
-                     └─ norm ── router ── gate, up ── silu, * ── += down           ── norm ── lm_head
+                     └─ norm ── router ── gate, up ── silu, * ── += down ── norm ── lm_head
 
 All threads run ``step`` at once, each on its share of the columns (of the rows in attention), and
 meet between the stages. A weight is read once a step, whatever the number of rows, and an expert
@@ -60,6 +60,8 @@ if TYPE_CHECKING:
 
 TILE = 16
 """Columns of one product."""
+STORE, ADD = 0, 1
+"""Whether a product replaces what is there."""
 LANES = 8
 """Heads that attention scores at once, and keys."""
 BLOCK = 32
@@ -164,7 +166,7 @@ def _rows(
     y_at: Integers,
     first: int,
     column: int,
-    is_added: bool,  # noqa: FBT001 - compiled code has no keywords
+    mode: int,
 ) -> None:
     """Multiply as many rows as ``sums`` has by one tile of a matrix."""
     at = offsets(sums, x_at, first)
@@ -172,7 +174,7 @@ def _rows(
         prefetch_weights(w, w_row + depth + k)
         sums = multiply_add_rows(sums, x, at, k, load_weights(w, w_row + k))
     to = offsets(sums, y_at, first)
-    if is_added:
+    if mode == ADD:
         add_rows(y, to, column, sums)
     else:
         store_rows(y, to, column, sums)
@@ -189,7 +191,7 @@ def _one_row(
     y_at: Integers,
     first: int,
     column: int,
-    is_added: bool,  # noqa: FBT001
+    mode: int,
 ) -> None:
     """The same for a single row: four sums in turn, so that none waits for itself."""
     a, b, c, d = zeros(4, 16)
@@ -203,7 +205,7 @@ def _one_row(
         d = multiply_add(splat(d, x[at + k + 3]), load_weights(w, w_row + k + 3), d)
     result = add(add(a, b), add(c, d))
     place = y_at[first] + column
-    if is_added:
+    if mode == ADD:
         result = add(load(y, place, 16), result)
     store(y, place, result)
 
@@ -219,7 +221,7 @@ def product(
     y_at: Integers,
     num: int,
     column: int,
-    is_added: bool,  # noqa: FBT001
+    mode: int,
 ) -> None:
     """Columns ``column … + 16`` of y = x W, or y += x W, for ``num`` rows that lie anywhere.
 
@@ -230,17 +232,17 @@ def product(
         left = num - first
         take = left if left <= 6 else 6 if left >= 12 else (left + 1) // 2
         if take == 6:
-            _rows(zeros(6, 16), w, w_row, depth, x, x_at, y, y_at, first, column, is_added)
+            _rows(zeros(6, 16), w, w_row, depth, x, x_at, y, y_at, first, column, mode)
         elif take == 5:
-            _rows(zeros(5, 16), w, w_row, depth, x, x_at, y, y_at, first, column, is_added)
+            _rows(zeros(5, 16), w, w_row, depth, x, x_at, y, y_at, first, column, mode)
         elif take == 4:
-            _rows(zeros(4, 16), w, w_row, depth, x, x_at, y, y_at, first, column, is_added)
+            _rows(zeros(4, 16), w, w_row, depth, x, x_at, y, y_at, first, column, mode)
         elif take == 3:
-            _rows(zeros(3, 16), w, w_row, depth, x, x_at, y, y_at, first, column, is_added)
+            _rows(zeros(3, 16), w, w_row, depth, x, x_at, y, y_at, first, column, mode)
         elif take == 2:
-            _rows(zeros(2, 16), w, w_row, depth, x, x_at, y, y_at, first, column, is_added)
+            _rows(zeros(2, 16), w, w_row, depth, x, x_at, y, y_at, first, column, mode)
         else:
-            _one_row(w, w_row, depth, x, x_at, y, y_at, first, column, is_added)
+            _one_row(w, w_row, depth, x, x_at, y, y_at, first, column, mode)
         first += take
 
 
@@ -272,7 +274,9 @@ def _norm(
 
 
 @compiled
-def _rotate(x: Floats, x_at: int, rotation: Floats, at: int, width: int, y: Floats, y_at: int) -> None:
+def _rotate(
+    x: Floats, x_at: int, rotation: Floats, at: int, width: int, y: Floats, y_at: int
+) -> None:
     """Turn adjacent pairs of channels."""
     for c in range(0, width, 2):
         first, second = x[x_at + c], x[x_at + c + 1]
@@ -545,8 +549,16 @@ def step(
         start, stop = _share(shape.a_padded // TILE, thread, num_threads)
         for tile in range(start, stop):
             product(
-                w, at[QKV_A] + tile * hidden, hidden, normed, x_at, b.a, y_at,
-                num, tile * TILE, False,
+                w,
+                at[QKV_A] + tile * hidden,
+                hidden,
+                normed,
+                x_at,
+                b.a,
+                y_at,
+                num,
+                tile * TILE,
+                STORE,
             )
         wait_for_all(b.control, BARRIER, num_threads)
 
@@ -558,12 +570,15 @@ def step(
             slot = page * shape.page_size + position % shape.page_size
             key = (layer * shape.slots + slot) * width
             source = row * shape.a_padded + q_rank
-            _norm(
-                b.a, source, 0, 1, latent, vectors, at[LATENT_NORM], shape.eps, b.kv, key, 0
-            )
+            _norm(b.a, source, 0, 1, latent, vectors, at[LATENT_NORM], shape.eps, b.kv, key, 0)
             _rotate(
-                b.a, source + latent, b.rotation, position * shape.rope, shape.rope,
-                b.kv, key + latent,
+                b.a,
+                source + latent,
+                b.rotation,
+                position * shape.rope,
+                shape.rope,
+                b.kv,
+                key + latent,
             )
         _norm(
             b.a, 0, shape.a_padded, num, q_rank, vectors, at[Q_NORM], shape.eps, normed, 0, q_rank
@@ -575,14 +590,19 @@ def step(
             _lay(z_at, head * shape.key_padded, heads * shape.key_padded, num)
             for tile in range(shape.q_padded // TILE):
                 w_row = at[Q_B] + (head * shape.q_padded // TILE + tile) * q_rank
-                product(w, w_row, q_rank, normed, x_at, b.q, y_at, num, tile * TILE, False)
+                product(w, w_row, q_rank, normed, x_at, b.q, y_at, num, tile * TILE, STORE)
             for tile in range(latent // TILE):
                 w_row = at[W_UK] + (head * latent // TILE + tile) * shape.nope
-                product(w, w_row, shape.nope, b.q, y_at, b.q_key, z_at, num, tile * TILE, False)
+                product(w, w_row, shape.nope, b.q, y_at, b.q_key, z_at, num, tile * TILE, STORE)
             for row in range(num):
                 _rotate(
-                    b.q, y_at[row] + shape.nope, b.rotation, b.positions[row] * shape.rope,
-                    shape.rope, b.q_key, z_at[row] + latent,
+                    b.q,
+                    y_at[row] + shape.nope,
+                    b.rotation,
+                    b.positions[row] * shape.rope,
+                    shape.rope,
+                    b.q_key,
+                    z_at[row] + latent,
                 )
         wait_for_all(b.control, BARRIER, num_threads)
 
@@ -590,7 +610,7 @@ def step(
         part = take_ticket(b.control, ATTENTION + layer)
         while part < num * num_parts:
             row = part // num_parts
-            first, last = _share(b.positions[row] + 1, part % num_parts, num_parts)
+            first, last = _share(int(b.positions[row]) + 1, part % num_parts, num_parts)
             next_row = min(row + num_threads, num - 1)
             _attend(shape, b, layer, row, first, last, part, next_row, own, places)
             part = take_ticket(b.control, ATTENTION + layer)
@@ -605,7 +625,7 @@ def step(
             _lay(y_at, head * shape.value_padded, heads * shape.value_padded, num)
             for tile in range(shape.value_padded // TILE):
                 w_row = at[W_UV] + (head * shape.value_padded // TILE + tile) * latent
-                product(w, w_row, latent, b.parts, x_at, b.value, y_at, num, tile * TILE, False)
+                product(w, w_row, latent, b.parts, x_at, b.value, y_at, num, tile * TILE, STORE)
         wait_for_all(b.control, BARRIER, num_threads)
 
         # -> x += attention
@@ -615,7 +635,7 @@ def step(
         start, stop = _share(hidden // TILE, thread, num_threads)
         for tile in range(start, stop):
             w_row = at[OUT] + tile * depth
-            product(w, w_row, depth, b.value, x_at, b.x, y_at, num, tile * TILE, True)
+            product(w, w_row, depth, b.value, x_at, b.x, y_at, num, tile * TILE, ADD)
         wait_for_all(b.control, BARRIER, num_threads)
 
         # -> gates and ups of every expert that was chosen; each thread routes for itself
@@ -626,7 +646,7 @@ def step(
             _lay(y_at, 0, router_width, num)
             for tile in range(router_width // TILE):
                 w_row = at[ROUTER] + tile * hidden
-                product(w, w_row, hidden, normed, x_at, router, y_at, num, tile * TILE, False)
+                product(w, w_row, hidden, normed, x_at, router, y_at, num, tile * TILE, STORE)
             _route(shape, num, router, vectors, at[BIAS], weights, row_of, ends, chosen)
             for place in range(num_places):
                 x_at[place] = row_of[place] * hidden
@@ -652,8 +672,16 @@ def step(
                     for half in range(2):
                         w_row = w_start + (2 * tile + half) * hidden
                         product(
-                            w, w_row, hidden, normed, x_at[first:], gate_up, y_at[first:],
-                            count, half * TILE, False,
+                            w,
+                            w_row,
+                            hidden,
+                            normed,
+                            x_at[first:],
+                            gate_up,
+                            y_at[first:],
+                            count,
+                            half * TILE,
+                            STORE,
                         )
                     for place in range(first, ends[expert]):
                         gate = load(gate_up, y_at[place], 16)
@@ -686,8 +714,16 @@ def step(
                 for tile in range(start, stop):
                     w_row = w_start + tile * depth
                     product(
-                        w, w_row, depth, b.inner, x_at[first:], b.x, y_at[first:],
-                        count, tile * TILE, True,
+                        w,
+                        w_row,
+                        depth,
+                        b.inner,
+                        x_at[first:],
+                        b.x,
+                        y_at[first:],
+                        count,
+                        tile * TILE,
+                        ADD,
                     )
             first = ends[expert]
         wait_for_all(b.control, BARRIER, num_threads)
@@ -699,7 +735,7 @@ def step(
     start, stop = _share(padded // TILE, thread, num_threads)
     for tile in range(start, stop):
         w_row = shape.head + tile * hidden
-        product(w, w_row, hidden, normed, x_at, b.logits, y_at, num, tile * TILE, False)
+        product(w, w_row, hidden, normed, x_at, b.logits, y_at, num, tile * TILE, STORE)
     wait_for_all(b.control, BARRIER, num_threads)
     start, stop = _share(num, thread, num_threads)
     for row in range(start, stop):

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
-from numba.extending import intrinsic, models, register_model
+from numba.extending import intrinsic as numba_intrinsic
+from numba.extending import models, register_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,7 +41,12 @@ def compiled(function: Function) -> Function:
     return cast("Function", njit(nogil=True, cache=True, error_model="numpy")(function))
 
 
-class Vector(types.Type):  # type: ignore[misc]
+def intrinsic(function: Any = None, **options: Any) -> Any:
+    """Numba's decorator: typed as what it makes, not as what it is given."""
+    return numba_intrinsic(function, **options) if function else numba_intrinsic(**options)
+
+
+class Vector(types.Type):
     """``lanes`` numbers of float32 in registers."""
 
     def __init__(self, lanes: int) -> None:
@@ -49,7 +55,7 @@ class Vector(types.Type):  # type: ignore[misc]
 
 
 @register_model(Vector)
-class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
+class _VectorModel(models.PrimitiveModel):
     def __init__(self, manager: Any, kind: Vector) -> None:
         super().__init__(manager, kind, _llvm(kind.lanes))
 
@@ -130,7 +136,7 @@ def multiply_add_rows(typing: Any, sums: Any, x: Any, at: Any, k: Any, w: Any) -
     return sums(sums, x, at, types.int64, w), generate
 
 
-def _storing(is_added: bool) -> Any:
+def _storing(*, is_added: bool) -> Any:
     def store(typing: Any, y: Any, at: Any, column: Any, values: Any) -> Any:
         kind = _llvm(values.dtype.lanes)
 
@@ -143,9 +149,8 @@ def _storing(is_added: bool) -> Any:
             )
             for place, value in rows:
                 pointer = _pointer(context, builder, y, y_, builder.add(place, column_), kind)
-                if is_added:
-                    value = builder.fadd(builder.load(pointer, align=4), value)
-                builder.store(value, pointer, align=4)
+                before = builder.load(pointer, align=4) if is_added else None
+                builder.store(builder.fadd(before, value) if is_added else value, pointer, align=4)
             return context.get_dummy_value()
 
         return types.void(y, at, types.int64, values), generate

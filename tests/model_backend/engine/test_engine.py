@@ -38,9 +38,7 @@ def test_a_batch_of_different_lengths_equals_the_uncached_model(reference, model
 
 
 def test_the_path_for_other_devices_gives_the_same(reference, model, monkeypatch):
-    monkeypatch.setattr(
-        "swarm_sdk.model_backend.engine.runner.is_supported", lambda model: False
-    )
+    monkeypatch.setattr("swarm_sdk.model_backend.engine.runner.is_supported", lambda model: False)
     draw = random.Random(1)
     prompts = [reference.random_ids(draw, num) for num in (1, 16, 17, 33)]
     check_greedy(reference, model, prompts, prefill_chunk_tokens=20)
