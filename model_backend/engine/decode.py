@@ -12,6 +12,8 @@ not installed, and everywhere else than on a CPU in float32, ``KimiModel.forward
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import threading
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, cast
@@ -24,7 +26,7 @@ from swarm_sdk.model_backend.model.moe import MixtureOfExperts, SwiGLU
 from swarm_sdk.model_backend.model.rope import text_rotation
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from torch import Tensor
 
@@ -150,6 +152,7 @@ class DecodeNetwork:
         )
         self._kernel: Any = kernel
         self._team: _Team | None = None
+        self._is_compiled = False
 
     def step(self, ids: list[int], positions: list[int], pages: list[list[int]]) -> Tensor:
         """Compute one token of each row; returns logits [B, vocabulary], valid until the next step.
@@ -168,7 +171,9 @@ class DecodeNetwork:
         if self.num_threads > 1:
             self._team = self._team or _Team(self)
             self._team.wake()
-        self._kernel.step(*self._arguments, 0, self.num_threads)
+        with contextlib.nullcontext() if self._is_compiled else _said_while_compiling():
+            self._kernel.step(*self._arguments, 0, self.num_threads)
+        self._is_compiled = True
         return self.logits[:num_rows, : self._shape.vocabulary]
 
     def best(self, num_rows: int) -> list[tuple[int, float]]:
@@ -185,6 +190,19 @@ class DecodeNetwork:
         """End the threads."""
         if self._team:
             self._team.close()
+
+
+@contextlib.contextmanager
+def _said_while_compiling() -> Iterator[None]:
+    """One line on stderr if a first step takes long: silence would look like a hang."""
+    line = "compiling the decoding step for this processor: half a minute, once"
+    timer = threading.Timer(2.0, logging.getLogger(__name__).warning, (line,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class _Team:
