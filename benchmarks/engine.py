@@ -54,7 +54,7 @@ def main() -> None:
         save(model, Path(folder))
         peer = _load_peer(folder)
         others = {name: _load_peer(folder, name) for name in EXPERTS_IMPLEMENTATIONS}
-    default_experts = str(peer.config.get_text_config()._experts_implementation)
+    default_experts = str(peer.config.get_text_config()._experts_implementation)  # noqa: SLF001
     anyio.run(_decode_ours, model, _prompts(1), 4)  # compiles, where nothing is cached yet
     results: dict[str, float] = {}
     peers: dict[str, float] = {}
