@@ -2,9 +2,12 @@
 
     python benchmarks/engine.py [--json] [--quick]
 
-Keys: decode_ratio_b32 and decode_ratio_b1 (tokens a second over transformers' generate, greedy,
-float32, the same prompts, same run), tokens_per_s_*, shared_prefix_computed_once (1 if 32
-sequences with one 1,000-token prefix put it through the network once).
+Keys: decode_ratio_b32 and decode_ratio_b1 (tokens a second over transformers' generate with its
+default experts, greedy, float32, the same prompts, same run), decode_ratio_b32_NAME (over the same
+with its experts implementation NAME), tokens_per_s_*, floor_tokens_per_s_b32 (what reading the
+packed weights and the keys of a step once would allow at the memory's measured speed) and
+floor_share_b32 (ours over it; above 1 where caches hold a part), shared_prefix_computed_once (1
+if 32 sequences with one 1,000-token prefix put it through the network once).
 """
 
 from __future__ import annotations
@@ -22,7 +25,10 @@ import torch
 from report import report  # benchmarks/report.py
 
 from swarm_sdk.config import nano_directory
+from swarm_sdk.model_backend.engine.decode import DecodeNetwork
 from swarm_sdk.model_backend.engine.engine import EmbeddedEngine
+from swarm_sdk.model_backend.engine.pages import bytes_per_token
+from swarm_sdk.model_backend.model.kimi import KimiModel
 from swarm_sdk.model_backend.weights.checkpoint import load, save
 from swarm_sdk.types import Sampling
 
@@ -30,6 +36,10 @@ PROMPT_TOKENS = 96
 VOCABULARY = 3_800
 PREFIX_TOKENS = 1_000
 PREFIX_SEQUENCES = 32
+EXPERTS_IMPLEMENTATIONS = ("batched_mm", "eager")
+"""Of transformers, beside its default."""
+READ_MB = 256
+"""Far beyond every cache."""
 
 
 def main() -> None:
@@ -43,6 +53,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         save(model, Path(folder))
         peer = _load_peer(folder)
+        others = {name: _load_peer(folder, name) for name in EXPERTS_IMPLEMENTATIONS}
+    default_experts = str(peer.config.get_text_config()._experts_implementation)  # noqa: SLF001
+    anyio.run(_decode_ours, model, _prompts(1), 4)  # compiles, where nothing is cached yet
     results: dict[str, float] = {}
     peers: dict[str, float] = {}
     for batch in (1, 32):
@@ -60,6 +73,20 @@ def main() -> None:
         results[f"decode_ratio_b{batch}_spread"] = round(max(ratios) - min(ratios), 2)
         results[f"tokens_per_s_b{batch}"] = round(statistics.median(ours), 1)
         peers[f"transformers_tokens_per_s_b{batch}"] = round(statistics.median(theirs), 1)
+    for name, other in others.items():
+        seconds = [_decode_theirs(other, prompts, n) for n in (1, num_new + 1)]
+        theirs_per_s = batch * num_new / (seconds[1] - seconds[0])
+        sys.stderr.write(f"batch {batch}, transformers with {name}: {theirs_per_s:.0f} tokens/s\n")
+        ratio = results["tokens_per_s_b32"] / theirs_per_s
+        results[f"decode_ratio_b32_{name}"] = round(ratio, 2)
+        peers[f"transformers_{name}_tokens_per_s_b32"] = round(theirs_per_s, 1)
+    read_bytes_per_s = _read_bytes_per_s()
+    step_bytes = _step_bytes(model, batch, PROMPT_TOKENS + num_new // 2)
+    floor = batch * read_bytes_per_s / step_bytes
+    results["memory_gb_per_s"] = round(read_bytes_per_s / 1e9, 2)
+    results["step_mb_b32"] = round(step_bytes / 1e6, 1)
+    results["floor_tokens_per_s_b32"] = round(floor, 1)
+    results["floor_share_b32"] = round(results["tokens_per_s_b32"] / floor, 3)
     computed = anyio.run(_computed_tokens, model)
     least = PREFIX_TOKENS // 16 * 16
     results["shared_prefix_tokens_computed"] = computed
@@ -72,8 +99,29 @@ def main() -> None:
         "new_tokens": num_new,
         "repeats": repeats,
         "prefill": "subtracted on both sides",
+        "experts_of_decode_ratio": default_experts,
     }
     report("engine", settings, results, peers, as_json=options.as_json)
+
+
+def _read_bytes_per_s() -> float:
+    """Speed of summing a large array with all threads: best of five."""
+    values = torch.ones(READ_MB * 2**20 // 4)
+    seconds = []
+    for _ in range(5):
+        started_s = time.perf_counter()
+        values.sum()
+        seconds.append(time.perf_counter() - started_s)
+    return values.nbytes / min(seconds)
+
+
+def _step_bytes(model: KimiModel, batch: int, num_keys: int) -> int:
+    """Bytes that a step reads: packed weights, all experts, and ``num_keys`` of each sequence."""
+    text = model.config.text_config
+    key_bytes = bytes_per_token(text, torch.float32)
+    kv = torch.zeros(text.num_hidden_layers, 16, text.kv_lora_rank + text.qk_rope_head_dim)
+    network = DecodeNetwork(model, kv, page_size=16, max_rows=1)
+    return network.weight_bytes + batch * num_keys * key_bytes
 
 
 def _prompts(num: int) -> list[list[int]]:
@@ -81,10 +129,11 @@ def _prompts(num: int) -> list[list[int]]:
     return [[draw.randrange(VOCABULARY) for _ in range(PROMPT_TOKENS)] for _ in range(num)]
 
 
-def _load_peer(folder: str) -> torch.nn.Module:
+def _load_peer(folder: str, experts: str | None = None) -> torch.nn.Module:
     from transformers import AutoModelForImageTextToText
 
-    peer = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    chosen = {"experts_implementation": experts} if experts else {}
+    peer = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, **chosen)
     peer.generation_config.max_length = None
     return peer.eval()
 

@@ -304,6 +304,7 @@ def doctor(as_json: Json = False) -> None:
     """Tell what is installed and what each part of the package needs."""
     parts = {
         "embedded engine (nano)": (("torch", "safetensors"), "local"),
+        "fast decoding on the CPU": (("numba",), "local"),
         "IPython sandboxes": (("jupyter_client", "ipykernel"), "sandbox"),
         "pictures in sandboxes": (("skimage", "matplotlib"), "sandbox"),
     }

@@ -1,224 +1,322 @@
-"""The network once more, for one token of each of a few sequences on a CPU.
+"""Decoding on a CPU in float32: one compiled step for one token of each of a few sequences.
 
-At 1 to 64 rows a step spends its time in starting operations and in reading weights, so this path
-walks the weights of a ``KimiModel`` with few operations a layer: norm weights are multiplied into
-the matrices behind them, matrices lie transposed, the softmax scale sits in W_UK, rotations come
-from a table, keys from ``DecodeRows``. ``KimiModel.forward`` is the truth that it is tested
-against; everything else (prompts, CUDA, other dtypes) runs through that.
+    KimiModel ──pack──> matrices in tiles, vectors, a table of where each lies ─┐
+    ids, positions, pages of B rows ──> step on every thread (kernels/decode_step) ──> logits [B, V]
+
+The step reads and writes the pages of the cache in place. It is compiled by numba; where that is
+not installed, and everywhere else than on a CPU in float32, ``KimiModel.forward`` decodes.
 """
 
-# Shapes: B = rows, one a sequence, D = hidden, H = heads, N = nope, R = rope, P = R / 2,
-# L = latent, W = L + R (one cached token), V = value width, Q = q_lora_rank, E = experts,
-# K = experts a token, I = inner width, S = keys of the longest sequence of a band.
+# Shapes: B = rows, one a sequence, D = hidden, H = heads, N = nope, R = rope, L = latent,
+# V = value width, E = experts, I = inner width; A -> O = widths of one matrix.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+import contextlib
+import logging
+import threading
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.nn import functional
 
-from swarm_sdk.model_backend.kernels.experts import DecodeExperts
 from swarm_sdk.model_backend.model.mla import up_projections
 from swarm_sdk.model_backend.model.moe import MixtureOfExperts, SwiGLU
 from swarm_sdk.model_backend.model.rope import text_rotation
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
     from torch import Tensor
 
-    from swarm_sdk.model_backend.engine.rows import Band
-    from swarm_sdk.model_backend.model.config import TextConfig
     from swarm_sdk.model_backend.model.kimi import DecoderLayer, KimiModel
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Mlp:
-    """A SwiGLU behind a norm, both matrices transposed."""
-
-    gate_up: Tensor
-    """[D, 2I]"""
-    down: Tensor
-    """[I, D]"""
-
-    @staticmethod
-    def of(mlp: SwiGLU, norm: Tensor) -> _Mlp:
-        return _Mlp(_transposed(mlp.gate_up_proj.weight * norm), _transposed(mlp.down_proj.weight))
-
-    def __call__(self, x_BD: Tensor) -> Tensor:
-        gate_BI, up_BI = torch.mm(x_BD, self.gate_up).chunk(2, dim=-1)
-        return torch.mm(functional.silu(gate_BI).mul_(up_BI), self.down)
+TILE = 16
+MAX_THREADS = 4
+"""Stages of a small network are too short for more (ours; measured with 2)."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Layer:
-    """Prepared weights of one layer."""
-
-    qkv_a: Tensor
-    """[D, Q + W]"""
-    q_b: Tensor
-    """[Q, H (N + R)], the rotary part times the softmax scale"""
-    w_uk: Tensor
-    """[H, N, L] times the softmax scale"""
-    latent_norm: Tensor
-    w_uv: Tensor
-    """[H, L, V]"""
-    o: Tensor
-    """[H V, D]"""
-    mlp: _Mlp
-    """The dense MLP, or the shared expert."""
-    experts: DecodeExperts | None
-
-    @staticmethod
-    def of(layer: DecoderLayer) -> _Layer:
-        attention, config = layer.self_attn, layer.self_attn.config
-        w_uk_HNL, w_uv_HVL = up_projections(attention.kv_b_proj.weight, config)
-        q_b = attention.q_b_proj.weight * attention.q_a_layernorm.weight
-        q_b = q_b.view(config.num_attention_heads, config.qk_head_dim, -1).clone()
-        q_b[:, config.qk_nope_head_dim :] *= config.softmax_scale
-        norm = layer.post_attention_layernorm.weight
-        mixture = layer.mlp if isinstance(layer.mlp, MixtureOfExperts) else None
-        mlp = layer.mlp if isinstance(layer.mlp, SwiGLU) else layer.mlp.shared_experts
-        return _Layer(
-            qkv_a=_transposed(attention.qkv_a_proj.weight * layer.input_layernorm.weight),
-            q_b=_transposed(q_b.flatten(0, 1)),
-            w_uk=(w_uk_HNL * config.softmax_scale).contiguous(),
-            latent_norm=attention.kv_a_layernorm.weight.clone(),
-            w_uv=w_uv_HVL.transpose(1, 2).contiguous(),
-            o=_transposed(attention.o_proj.weight),
-            mlp=_Mlp.of(mlp, norm),
-            experts=_decode_experts(mixture, norm) if mixture else None,
-        )
-
-
-class DecodeNetwork:
-    """The prepared weights of a model; made anew when they change."""
-
-    @staticmethod
-    def supports(model: KimiModel) -> bool:
-        """Whether this path is made for the model: float32 on the CPU."""
-        weight = model.embed_tokens.weight
-        return weight.device.type == "cpu" and weight.dtype == torch.float32
-
-    @torch.inference_mode()
-    def __init__(self, model: KimiModel) -> None:
-        config = model.config.text_config
-        self.config: TextConfig = config
-        self.embedding: Tensor = model.embed_tokens.weight
-        self.layers: list[_Layer] = [
-            _Layer.of(cast("DecoderLayer", layer)) for layer in model.layers
-        ]
-        self.lm_head: Tensor = _transposed(model.lm_head.weight * model.norm.weight)
-        self.rotation: Tensor = text_rotation(torch.arange(config.max_position_embeddings), config)
-        self.eps: Tensor = torch.tensor(config.rms_norm_eps)
-
-    def logits(
-        self, ids_B: Tensor, positions_B: Tensor, bands: list[Band], kv_YBW: Tensor
-    ) -> Tensor:
-        """Return the logits [B, vocabulary]; rows in the order of the bands' sequences.
-
-        Writes the new keys to the bands and to ``kv_YBW``. ``ids_B`` holds no placeholders.
-        """
-        batch = _Batch(bands, positions_B)
-        rotation_BP = self.rotation.index_select(0, positions_B)
-        x_BD = self.embedding.index_select(0, ids_B)
-        for index, layer in enumerate(self.layers):
-            x_BD = x_BD + self._attention(index, layer, x_BD, rotation_BP, batch, kv_YBW[index])
-            normed_BD = self._norm(x_BD)
-            x_BD = x_BD + layer.mlp(normed_BD)
-            if layer.experts is not None:
-                x_BD += layer.experts(normed_BD)
-        return torch.mm(self._norm(x_BD), self.lm_head)
-
-    def _attention(
-        self,
-        index: int,
-        layer: _Layer,
-        x_BD: Tensor,
-        rotation_BP: Tensor,
-        batch: _Batch,
-        kv_BW: Tensor,
-    ) -> Tensor:
-        config, num_rows = self.config, x_BD.shape[0]
-        q_rank, latent = config.q_lora_rank, config.kv_lora_rank
-        a = torch.mm(self._norm(x_BD), layer.qkv_a)
-        q_BQ, latent_BL, k_rope_BR = a.split_with_sizes(
-            [q_rank, latent, config.qk_rope_head_dim], dim=-1
-        )
-        torch.mul(self._norm(latent_BL), layer.latent_norm, out=kv_BW[:, :latent])
-        torch.mul(_pairs(k_rope_BR), rotation_BP, out=_pairs(kv_BW[:, latent:]))
-
-        q = torch.mm(self._norm(q_BQ), layer.q_b).view(num_rows, -1, config.qk_head_dim)
-        q_nope_BHN, q_rope_BHR = q.split_with_sizes(
-            [config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1
-        )
-        _pairs(q_rope_BHR).mul_(rotation_BP[:, None])
-        q_latent_HBL = torch.bmm(q_nope_BHN.transpose(0, 1), layer.w_uk)
-        q_BHW = torch.cat([q_latent_HBL.transpose(0, 1), q_rope_BHR], dim=-1)
-        out_BHL = batch.attend(index, q_BHW, kv_BW, latent)
-        out_HBV = torch.bmm(out_BHL.transpose(0, 1), layer.w_uv)
-        return torch.mm(out_HBV.transpose(0, 1).reshape(num_rows, -1), layer.o)
-
-    def _norm(self, x_BX: Tensor) -> Tensor:
-        """RMSNorm without its weight: half the time of ``rms_norm`` on a CPU."""
-        length_B1 = torch.linalg.vector_norm(x_BX, dim=-1, keepdim=True)
-        width = x_BX.shape[-1]
-        scale_B1 = torch.addcmul(self.eps, length_B1, length_B1, value=1 / width).rsqrt_()
-        return x_BX * scale_B1
-
-
-class _Batch:
-    """Where the rows of one step lie in the bands, the same for all layers."""
-
-    def __init__(self, bands: list[Band], positions_B: Tensor) -> None:
-        self.bands = bands
-        self.rows: list[slice] = []
-        self.places: list[Tensor] = []
-        self.biases: list[Tensor] = []
-        """[b, 1, S]: 0 at a row's keys, minus infinity behind them."""
-        start = 0
-        for band in bands:
-            rows = slice(start, start + len(band.sequences))
-            positions_b = positions_B[rows]
-            num_keys = int(positions_b.max()) + 1
-            first_b = torch.arange(0, len(positions_b) * band.capacity_tokens, band.capacity_tokens)
-            is_padding = torch.arange(num_keys) > positions_b[:, None]
-            bias = torch.zeros(is_padding.shape).masked_fill_(is_padding, -torch.inf)
-            self.rows.append(rows)
-            self.places.append(first_b + positions_b)
-            self.biases.append(bias[:, None])
-            start = rows.stop
-
-    def attend(self, index: int, q_BHW: Tensor, kv_BW: Tensor, latent: int) -> Tensor:
-        """Store the new keys, then return the weighted latents [B, H, L]."""
-        parts = []
-        for band, rows, place_b, bias in zip(
-            self.bands, self.rows, self.places, self.biases, strict=True
-        ):
-            kv_RCW = band.kv[index]
-            kv_RCW.flatten(0, 1).index_copy_(0, place_b, kv_BW[rows])
-            keys_bSW = kv_RCW[: bias.shape[0], : bias.shape[2]]
-            scores_bHS = torch.baddbmm(bias, q_BHW[rows], keys_bSW.transpose(1, 2))
-            parts.append(torch.bmm(scores_bHS.softmax(dim=-1), keys_bSW[..., :latent]))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _decode_experts(mixture: MixtureOfExperts, norm: Tensor) -> DecodeExperts:
-    router, experts = mixture.gate, mixture.experts
-    return DecodeExperts(
-        _transposed(router.weight * norm),
-        router.e_score_correction_bias,
-        experts.gate_up_proj.detach() * norm,
-        experts.down_proj.detach(),
-        num_chosen=router.num_chosen,
-        scaling_factor=router.routed_scaling_factor,
+def is_supported(model: KimiModel) -> bool:
+    """Whether this path is made for the model: float32 on the CPU, numba there, widths in tiles."""
+    weight, text = model.embed_tokens.weight, model.config.text_config
+    in_tiles = (text.hidden_size, text.q_lora_rank, text.kv_lora_rank, text.intermediate_size)
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype == torch.float32
+        and find_spec("numba") is not None
+        and all(width % TILE == 0 for width in (*in_tiles, text.moe_intermediate_size))
+        and text.num_attention_heads % 4 == 0
+        and text.qk_nope_head_dim % 4 == 0
     )
 
 
-def _pairs(x: Tensor) -> Tensor:
-    """View adjacent channels as complex numbers."""
-    return torch.view_as_complex(x.view(*x.shape[:-1], -1, 2))
+class DecodeNetwork:
+    """The weights of a model, packed, and the threads that step through them.
+
+    Made anew when weights change. ``close`` ends the threads.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, model: KimiModel, kv: Tensor, *, page_size: int, max_rows: int) -> None:
+        """Pack the weights; ``kv`` [layers, slots, W] is the cache that steps read and write."""
+        # numba takes half a second to load: only where an engine decodes.
+        from swarm_sdk.model_backend.kernels import decode_step as kernel
+
+        text = model.config.text_config
+        packer = _Packer()
+        table = torch.tensor(
+            [_pack_layer(cast("DecoderLayer", layer), packer) for layer in model.layers]
+        )
+        head_norm, head = packer.vector(model.norm.weight), packer.matrix(model.lm_head.weight)
+        self.num_threads: int = min(torch.get_num_threads(), MAX_THREADS)
+        num_pages = kv.shape[1] // page_size
+        heads, padded_vocabulary = text.num_attention_heads, _padded(text.vocab_size)
+        self._shape = kernel.Shape(
+            layers=text.num_hidden_layers,
+            hidden=text.hidden_size,
+            heads=heads,
+            nope=text.qk_nope_head_dim,
+            rope=text.qk_rope_head_dim,
+            latent=text.kv_lora_rank,
+            q_rank=text.q_lora_rank,
+            experts=text.n_routed_experts,
+            chosen=text.num_experts_per_tok,
+            inner=text.moe_intermediate_size,
+            vocabulary=text.vocab_size,
+            a_padded=_padded(text.q_lora_rank + kv.shape[2]),
+            q_padded=_padded(text.qk_head_dim),
+            key_padded=_padded(kv.shape[2]),
+            value_padded=_padded(text.v_head_dim),
+            page_size=page_size,
+            pages=min(num_pages, -(-text.max_position_embeddings // page_size)),
+            slots=kv.shape[1],
+            eps=text.rms_norm_eps,
+            softmax_scale=text.softmax_scale,
+            routed_scale=text.routed_scaling_factor,
+            head_norm=head_norm,
+            head=head,
+        )
+        shape, num_parts = self._shape, max(max_rows, 2 * self.num_threads**2)
+        num_places = max_rows * (shape.chosen + 1)
+        widest = max(text.intermediate_size, text.moe_intermediate_size * text.n_shared_experts)
+        own_of_experts = max_rows * _padded(shape.experts) + num_places * (2 + 2 * TILE)
+        own_of_attention = kernel.LANES * (kernel.BLOCK + 1 + kv.shape[2])
+
+        def floats(*sizes: int) -> Tensor:
+            return torch.zeros(sizes, dtype=torch.float32)
+
+        def integers(*sizes: int) -> Tensor:
+            return torch.zeros(sizes, dtype=torch.int64)
+
+        rotation = text_rotation(torch.arange(text.max_position_embeddings), text)
+        self.logits: Tensor = floats(max_rows, padded_vocabulary)
+        own = max_rows * shape.hidden + max(own_of_experts, own_of_attention)
+        tensors: dict[str, Tensor] = dict(
+            kv=kv.detach(),
+            embedding=model.embed_tokens.weight.detach(),
+            rotation=torch.view_as_real(rotation).contiguous(),
+            ids=integers(max_rows),
+            positions=integers(max_rows),
+            pages=integers(max_rows, shape.pages),
+            x=floats(max_rows, shape.hidden),
+            a=floats(max_rows, shape.a_padded),
+            q=floats(max_rows, heads, shape.q_padded),
+            q_key=floats(max_rows, heads, shape.key_padded),
+            parts=floats(num_parts, heads, shape.latent),
+            stats=floats(num_parts, 2, heads),
+            value=floats(max_rows, heads, shape.value_padded),
+            inner=floats(num_places * shape.inner + max_rows * widest),
+            logits=self.logits,
+            best=integers(max_rows),
+            logprobs=floats(max_rows),
+            private=floats(self.num_threads, own),
+            places=integers(self.num_threads, 5 * num_places + shape.experts + 4 * kernel.BLOCK),
+            control=integers(kernel.ATTENTION + shape.layers),
+        )
+        per_thread = ("private", "places")
+        arrays: dict[str, Any] = {
+            name: (tensor if name in per_thread else tensor.flatten()).numpy()
+            for name, tensor in tensors.items()
+        }
+        self._buffers = kernel.Buffers(**arrays)
+        weights = packer.packed()
+        self.weight_bytes: int = weights.nbytes
+        """Of all packed matrices."""
+        self._arguments: tuple[Any, ...] = (
+            self._shape,
+            weights.numpy().view("uint32") if weights.dtype == torch.int32 else weights.numpy(),
+            torch.cat(packer.vectors).numpy(),
+            table.numpy(),
+            self._buffers,
+        )
+        self._kernel: Any = kernel
+        self._team: _Team | None = None
+        self._is_compiled = False
+
+    def step(self, ids: list[int], positions: list[int], pages: list[list[int]]) -> Tensor:
+        """Compute one token of each row; returns logits [B, vocabulary], valid until the next step.
+
+        Row i reads and writes the cache at its ``pages``. ``best`` tells the most likely ids.
+        """
+        buffers, num_rows = self._buffers, len(ids)
+        buffers.ids[:num_rows] = ids
+        buffers.positions[:num_rows] = positions
+        width = self._shape.pages
+        for row, held in enumerate(pages):
+            start = row * width
+            buffers.pages[start : start + len(held)] = held
+        buffers.control[self._kernel.NUM_ROWS] = num_rows
+        self._kernel.post(self._shape, buffers)
+        if self.num_threads > 1:
+            self._team = self._team or _Team(self)
+            self._team.wake()
+        with contextlib.nullcontext() if self._is_compiled else _said_while_compiling():
+            self._kernel.step(*self._arguments, 0, self.num_threads)
+        self._is_compiled = True
+        return self.logits[:num_rows, : self._shape.vocabulary]
+
+    def best(self, num_rows: int) -> list[tuple[int, float]]:
+        """Most likely id of each row of the last step, and its log-probability."""
+        ids, logprobs = self._buffers.best[:num_rows], self._buffers.logprobs[:num_rows]
+        return list(zip(ids.tolist(), logprobs.tolist(), strict=True))
+
+    def follow(self, thread: int, seen: int) -> int:
+        """Take part in steps as thread ``thread``; see ``kernel.follow``."""
+        last: int = self._kernel.follow(*self._arguments, thread, self.num_threads, seen)
+        return last
+
+    def close(self) -> None:
+        """End the threads."""
+        if self._team:
+            self._team.close()
 
 
-def _transposed(weight: Tensor) -> Tensor:
-    return weight.detach().t().contiguous()
+@contextlib.contextmanager
+def _said_while_compiling() -> Iterator[None]:
+    """One line on stderr if a first step takes long: silence would look like a hang."""
+    line = "compiling the decoding step for this processor: half a minute, once"
+    timer = threading.Timer(2.0, logging.getLogger(__name__).warning, (line,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+class _Team:
+    """Threads beside the engine's: awake while steps follow each other, asleep otherwise."""
+
+    def __init__(self, network: DecodeNetwork) -> None:
+        self._network = network
+        self._is_closed = False
+        self._wakes = [threading.Event() for _ in range(1, network.num_threads)]
+        self._threads = [
+            threading.Thread(
+                target=self._serve, args=(index, wake), name=f"swarm-decode-{index}", daemon=True
+            )
+            for index, wake in enumerate(self._wakes, start=1)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def wake(self) -> None:
+        for wake in self._wakes:
+            wake.set()
+
+    def close(self) -> None:
+        self._is_closed = True
+        self.wake()
+        for thread in self._threads:
+            thread.join()
+
+    def _serve(self, index: int, wake: threading.Event) -> None:
+        seen = 0
+        while True:
+            wake.wait()
+            wake.clear()
+            if self._is_closed:
+                return
+            seen = self._network.follow(index, seen)
+
+
+class _Packer:
+    """Matrices as tiles of 16 columns, end to end, and vectors likewise."""
+
+    def __init__(self) -> None:
+        self.vectors: list[Tensor] = []
+        self._tiles: list[Tensor] = []
+        self._num_rows = 0
+        self._num_values = 0
+
+    def matrix(self, weight_OA: Tensor) -> int:
+        """Add a matrix; returns its place in rows of 16 weights."""
+        place, depth = self._num_rows, weight_OA.shape[1]
+        weight_OA = functional.pad(weight_OA.detach(), (0, 0, 0, -weight_OA.shape[0] % TILE))
+        self._tiles.append(weight_OA.view(-1, TILE, depth).transpose(1, 2).reshape(-1, TILE))
+        self._num_rows += len(self._tiles[-1])
+        return place
+
+    def vector(self, weight_A: Tensor) -> int:
+        """Add a vector, padded to whole tiles; returns its place in numbers."""
+        place = self._num_values
+        self.vectors.append(functional.pad(weight_A.detach(), (0, -len(weight_A) % TILE)))
+        self._num_values += len(self.vectors[-1])
+        return place
+
+    def packed(self) -> Tensor:
+        """All matrices: float32, or words of two bfloat16 (int32) if that loses nothing."""
+        tiles = torch.cat(self._tiles)
+        self._tiles = []
+        bits = tiles.view(torch.int32)
+        if bool((bits & 0xFFFF).any()):
+            return tiles.flatten()
+        return (bits[:, :8] >> 16 & 0xFFFF | bits[:, 8:]).flatten()
+
+
+def _pack_layer(layer: DecoderLayer, packer: _Packer) -> list[int]:
+    """Pack a layer; returns its row of the table, in the order of the kernel's places."""
+    attention, config = layer.self_attn, layer.self_attn.config
+    heads = config.num_attention_heads
+    w_uk_HNL, w_uv_HVL = up_projections(attention.kv_b_proj.weight, config)
+    q_b = attention.q_b_proj.weight.view(heads, config.qk_head_dim, -1)
+    out = attention.o_proj.weight.view(-1, heads, config.v_head_dim)
+    out = functional.pad(out, (0, -config.v_head_dim % TILE))
+    mixture = layer.mlp if isinstance(layer.mlp, MixtureOfExperts) else None
+    shared = layer.mlp if isinstance(layer.mlp, SwiGLU) else layer.mlp.shared_experts
+    return [
+        packer.matrix(attention.qkv_a_proj.weight),
+        _matrices(packer, q_b),
+        _matrices(packer, w_uk_HNL.transpose(1, 2)),
+        _matrices(packer, w_uv_HVL),
+        packer.matrix(out.flatten(1)),
+        packer.matrix(mixture.gate.weight) if mixture else 0,
+        _matrices(packer, map(_tiles_in_turn, mixture.experts.gate_up_proj)) if mixture else 0,
+        _matrices(packer, mixture.experts.down_proj) if mixture else 0,
+        packer.matrix(_tiles_in_turn(shared.gate_up_proj.weight)),
+        packer.matrix(shared.down_proj.weight),
+        packer.vector(layer.input_layernorm.weight),
+        packer.vector(attention.q_a_layernorm.weight),
+        packer.vector(attention.kv_a_layernorm.weight),
+        packer.vector(layer.post_attention_layernorm.weight),
+        packer.vector(mixture.gate.e_score_correction_bias) if mixture else 0,
+        config.n_routed_experts if mixture else 0,
+        shared.down_proj.weight.shape[1],
+    ]
+
+
+def _matrices(packer: _Packer, weights: Iterable[Tensor]) -> int:
+    """Pack matrices one behind the other; returns the place of the first."""
+    places = [packer.matrix(weight) for weight in weights]
+    return places[0]
+
+
+def _tiles_in_turn(gate_up_2ID: Tensor) -> Tensor:
+    """Put each tile of gates before the tile of ups that belongs to it."""
+    depth = gate_up_2ID.shape[1]
+    return gate_up_2ID.view(2, -1, TILE, depth).transpose(0, 1).reshape(-1, depth)
+
+
+def _padded(width: int) -> int:
+    return -(-width // TILE) * TILE

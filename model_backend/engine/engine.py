@@ -89,7 +89,9 @@ class EmbeddedEngine:
         self._scheduler = Scheduler(
             self._table, max_running=max_running, prefill_chunk_tokens=prefill_chunk_tokens
         )
-        self._runner = Runner(model, num_pages=num_pages, page_size=page_size)
+        self._runner = Runner(
+            model, num_pages=num_pages, page_size=page_size, max_running=max_running
+        )
         self._updates: list[_WeightUpdate] = []
         self._inbox: queue.SimpleQueue[Sequence | _WeightUpdate | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
@@ -187,6 +189,7 @@ class EmbeddedEngine:
                 continue
             for sequence, reason in scheduler.postprocess(chunks, sampled):
                 _complete(sequence, sequence.generation(reason, self.weight_version))
+        runner.close()
         for sequence in (*scheduler.running, *scheduler.waiting):
             scheduler.remove(sequence)
             _complete(sequence, sequence.generation("abort", self.weight_version))

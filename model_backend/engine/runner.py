@@ -1,6 +1,6 @@
 """One step of the network: chunks of sequences in, the next token of each in turn out.
 
-    chunks of one token ──> DecodeNetwork over DecodeRows          (float32 on the CPU)
+    chunks of one token ──> DecodeNetwork, compiled                (float32 on the CPU)
     all others          ──> KimiModel over PagedAttention  ──> logits of last rows ──> sample
 
 Both read and write the same cache. Elsewhere than on a CPU in float32, all chunks go the second
@@ -8,7 +8,7 @@ way, packed into one pass.
 """
 
 # Shapes: T = rows of a pass, B = chunks of one token (first), X = sampled rows, V = vocabulary,
-# C = rows of a chunk, S = keys, M = media tokens, D = hidden, Y = layers, W = one cached token.
+# C = rows of a chunk, S = keys, M = media tokens, D = hidden.
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from swarm_sdk.model_backend.engine.attention import PagedAttention, Segment
-from swarm_sdk.model_backend.engine.decode import DecodeNetwork
+from swarm_sdk.model_backend.engine.decode import DecodeNetwork, is_supported
 from swarm_sdk.model_backend.engine.pages import kv_pool
-from swarm_sdk.model_backend.engine.rows import DecodeRows
 from swarm_sdk.model_backend.engine.sampler import sample
 
 if TYPE_CHECKING:
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from swarm_sdk.model_backend.engine.rows import Band
     from swarm_sdk.model_backend.engine.scheduler import Chunk
     from swarm_sdk.model_backend.engine.sequence import Sequence
     from swarm_sdk.model_backend.model.kimi import KimiModel
@@ -36,82 +34,88 @@ if TYPE_CHECKING:
 class Runner:
     """The model and its cache on the device; knows nothing of requests' lives."""
 
-    def __init__(self, model: KimiModel, *, num_pages: int, page_size: int) -> None:
+    def __init__(
+        self, model: KimiModel, *, num_pages: int, page_size: int, max_running: int
+    ) -> None:
         self.model: KimiModel = model
         self.page_size: int = page_size
+        self.max_running: int = max_running
         self.weight: Tensor = model.embed_tokens.weight.detach()
         self.kv: Tensor = kv_pool(model.config.text_config, num_pages * page_size, self.weight)
         self.offsets: Tensor = torch.arange(page_size, device=self.weight.device)
-        self.rows: DecodeRows = DecodeRows(self.kv, self._computed_slots)
+        self.decode_network: DecodeNetwork | None = None
         self.refresh_weights()
 
     def refresh_weights(self) -> None:
         """Prepare what is derived from the weights; to be called after they change."""
-        self.rows.clear()
-        is_supported = DecodeNetwork.supports(self.model)
-        self.decode_network: DecodeNetwork | None = (
-            DecodeNetwork(self.model) if is_supported else None
-        )
+        self.close()
+        if is_supported(self.model):
+            self.decode_network = DecodeNetwork(
+                self.model, self.kv, page_size=self.page_size, max_rows=self.max_running
+            )
+
+    def close(self) -> None:
+        """End the threads that decode."""
+        if self.decode_network is not None:
+            self.decode_network.close()
 
     @torch.inference_mode()
     def run(self, chunks: List[Chunk]) -> list[tuple[int, float]]:
         """Compute the chunks, those of one token first; sample where a chunk ends its sequence."""
-        network, fast = self.decode_network, []
-        if network is not None:
-            placeholder = self.model.config.media_placeholder_token_id
-            fast = [c for c in chunks if c.num_tokens == 1 and c.next_id != placeholder]
-        rest = [chunk for chunk in chunks if chunk not in fast] if fast else chunks
+        fast, rest = self._split(chunks)
+        results: dict[int, tuple[int, float]] = {}
         logits: list[Tensor] = []
         sampled: list[Chunk] = []
-        # A sequence that computes anything in another way gives up its row, which would miss it.
-        bands = self.rows.update(chunk.sequence for chunk in fast)
-        if network is not None and fast:
-            logits_XV, order = self._decode(network, fast, bands)
-            logits.append(logits_XV)
-            sampled += order
+        if self.decode_network is not None and fast:
+            logits_BV = self._decode(self.decode_network, fast)
+            rows: list[int] = []
+            for row, (chunk, best) in enumerate(
+                zip(fast, self.decode_network.best(len(fast)), strict=True)
+            ):
+                if chunk.sequence.sampling.temperature == 0:
+                    results[id(chunk)] = best
+                elif chunk.samples:
+                    rows.append(row)
+            if rows:
+                logits.append(logits_BV[rows])
+                sampled += [fast[row] for row in rows]
         if rest:
             hidden_TD = self._forward(rest)
             ends = [chunk for chunk in rest if chunk.samples]
             if ends:
                 logits.append(self.model.logits(hidden_TD))
                 sampled += ends
-        if not sampled:
-            return []
-        sequences = [chunk.sequence for chunk in sampled]
-        results = sample(
-            logits[0] if len(logits) == 1 else torch.cat(logits),
-            [seq.sampling.temperature for seq in sequences],
-            [seq.sampling.top_p for seq in sequences],
-            [seq.uniforms.random() for seq in sequences],
-        )
-        result_of = dict(zip(map(id, sampled), results, strict=True))
-        return [result_of[id(chunk)] for chunk in chunks if chunk.samples]
+        if sampled:
+            sequences = [chunk.sequence for chunk in sampled]
+            drawn = sample(
+                logits[0] if len(logits) == 1 else torch.cat(logits),
+                [seq.sampling.temperature for seq in sequences],
+                [seq.sampling.top_p for seq in sequences],
+                [seq.uniforms.random() for seq in sequences],
+            )
+            results.update(zip(map(id, sampled), drawn, strict=True))
+        return [results[id(chunk)] for chunk in chunks if chunk.samples]
 
-    def _decode(
-        self, network: DecodeNetwork, chunks: list[Chunk], bands: list[Band]
-    ) -> tuple[Tensor, list[Chunk]]:
-        """Return logits [X, V] and the chunks that they belong to."""
-        chunk_of = {id(chunk.sequence): chunk for chunk in chunks}
-        order = [chunk_of[id(sequence)] for band in bands for sequence in band.sequences]
-        sequences = [chunk.sequence for chunk in order]
-        positions = [seq.num_computed_tokens for seq in sequences]
-        kv_YBW = self.kv.new_empty(self.kv.shape[0], len(order), self.kv.shape[2])
-        logits_BV = network.logits(
-            self._tensor([chunk.next_id for chunk in order]),
-            self._tensor(positions),
-            bands,
-            kv_YBW,
+    def _split(self, chunks: List[Chunk]) -> tuple[List[Chunk], List[Chunk]]:
+        """Chunks for the compiled step, and the others, each in order."""
+        if self.decode_network is None:
+            return [], chunks
+        placeholder = self.model.config.media_placeholder_token_id
+        fast: list[Chunk] = []
+        rest: list[Chunk] = []
+        for chunk in chunks:
+            is_fast = chunk.num_tokens == 1 and chunk.next_id != placeholder
+            (fast if is_fast else rest).append(chunk)
+        return fast, rest
+
+    def _decode(self, network: DecodeNetwork, chunks: List[Chunk]) -> Tensor:
+        """Return logits [B, V]."""
+        sequences = [chunk.sequence for chunk in chunks]
+        return network.step(
+            [chunk.next_id for chunk in chunks],
+            [seq.num_computed_tokens for seq in sequences],
+            [seq.pages for seq in sequences],
         )
-        size = self.page_size
-        places = [
-            seq.pages[position // size] * size + position % size
-            for seq, position in zip(sequences, positions, strict=True)
-        ]
-        self.kv.index_copy_(1, self._tensor(places), kv_YBW)
-        kept = [row for row, chunk in enumerate(order) if chunk.samples]
-        if len(kept) == len(order):
-            return logits_BV, order
-        return logits_BV.index_select(0, self._tensor(kept)), [order[row] for row in kept]
 
     def _forward(self, chunks: List[Chunk]) -> Tensor:
         """Return the hidden states [X, D] of the last tokens of the chunks that sample."""
@@ -170,9 +174,6 @@ class Runner:
         is_padding_BS = torch.arange(num_keys, device=self.kv.device) >= lens_B1
         bias_BS = torch.zeros(is_padding_BS.shape, dtype=self.kv.dtype, device=self.kv.device)
         return slots_BS, bias_BS.masked_fill(is_padding_BS, -torch.inf)
-
-    def _computed_slots(self, sequence: Sequence) -> Tensor:
-        return self._slots(sequence, sequence.num_computed_tokens)
 
     def _slots(self, sequence: Sequence, num_tokens: int) -> Tensor:
         """Places of the first ``num_tokens`` tokens of a sequence."""

@@ -38,15 +38,13 @@ def test_a_batch_of_different_lengths_equals_the_uncached_model(reference, model
 
 
 def test_the_path_for_other_devices_gives_the_same(reference, model, monkeypatch):
-    monkeypatch.setattr(
-        "swarm_sdk.model_backend.engine.runner.DecodeNetwork.supports", lambda model: False
-    )
+    monkeypatch.setattr("swarm_sdk.model_backend.engine.runner.is_supported", lambda model: False)
     draw = random.Random(1)
     prompts = [reference.random_ids(draw, num) for num in (1, 16, 17, 33)]
     check_greedy(reference, model, prompts, prefill_chunk_tokens=20)
 
 
-def test_sequences_that_outgrow_their_band_of_rows_go_on_equally(reference, model):
+def test_sequences_that_grow_over_many_pages_go_on_equally(reference, model):
     draw = random.Random(2)
     prompts = [reference.random_ids(draw, num) for num in (250, 255, 256, 20)]
     check_greedy(reference, model, prompts)

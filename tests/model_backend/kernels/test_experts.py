@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from swarm_sdk.model_backend.kernels.experts import (
-    DecodeExperts,
     _lay_out,
     run_experts,
     run_experts_reference,
@@ -89,22 +88,3 @@ def test_under_autocast_the_products_run_in_its_dtype():
     assert rough.dtype == torch.float32
     assert not torch.equal(rough, exact)
     torch.testing.assert_close(rough, exact, rtol=0.05, atol=0.05 * float(exact.abs().max()))
-
-
-@pytest.mark.parametrize("num_tokens", [1, 2, 3, 8, 32, 70])
-def test_decoding_routes_and_computes_as_the_plain_loop(num_tokens):
-    num_experts, num_chosen, scaling_factor = 8, 3, 2.5
-    x, _, _, gate_up, down = random_inputs(num_tokens, num_experts, num_chosen)
-    generator = torch.Generator().manual_seed(3)
-    router = torch.randn((HIDDEN, num_experts), generator=generator).double() * 0.2
-    bias = torch.randn(num_experts, generator=generator).double() * 0.1
-    experts = DecodeExperts(
-        router, bias, gate_up, down, num_chosen=num_chosen, scaling_factor=scaling_factor
-    )
-    scores = (x @ router).sigmoid()
-    ids = (scores + bias).topk(num_chosen, dim=-1).indices
-    weights = scores.gather(1, ids)
-    weights = weights / weights.sum(dim=-1, keepdim=True) * scaling_factor
-    with torch.inference_mode():
-        ours = experts(x)
-    torch.testing.assert_close(ours, run_experts_reference(x, ids, weights, gate_up, down))
