@@ -57,15 +57,22 @@ class AttentionContext(Protocol):
 
 
 class FullAttention:
-    """Causal attention inside each of the packed segments, by the full form."""
+    """Causal attention inside each of the packed segments, by the full form.
 
-    def __init__(self, config: TextConfig, seq_lens: Sequence[int]) -> None:
+    ``max_logits_YH`` [layers, H] float32, if given, is raised to each head's largest softmax input,
+    which costs as much as half of attention: for QK-Clip (Kimi K2 report, section 2.1).
+    """
+
+    def __init__(
+        self, config: TextConfig, seq_lens: Sequence[int], max_logits_YH: Tensor | None = None
+    ) -> None:
         self.config = config
         self.seq_lens: tuple[int, ...] = tuple(seq_lens)
+        self.max_logits_YH: Tensor | None = max_logits_YH
 
     def attend(
         self,
-        layer_index: int,  # noqa: ARG002 - all layers attend alike
+        layer_index: int,
         q_nope_THN: Tensor,
         q_rope_THR: Tensor,
         latent_TL: Tensor,
@@ -83,6 +90,12 @@ class FullAttention:
         )
         q = torch.cat([q_nope_THN, q_rope_THR], dim=-1)
         k = torch.cat([k_nope_THN, k_rope_TR[:, None].expand_as(q_rope_THR)], dim=-1)
+        if self.max_logits_YH is not None:
+            for start, length in zip(self._starts(), self.seq_lens, strict=True):
+                rows = slice(start, start + length)
+                max_H = max_causal_logits(q[rows].detach(), k[rows].detach(), config.softmax_scale)
+                row_H = self.max_logits_YH[layer_index]
+                torch.maximum(row_H, max_H, out=row_H)
         # Fused attention kernels want values as wide as keys; without them a CPU takes 3 times as
         # long and holds the full matrix of logits.
         v = functional.pad(v_THV, (0, config.qk_head_dim - config.v_head_dim))
@@ -97,6 +110,9 @@ class FullAttention:
             out = torch.cat([self._causal(*part)[0] for part in parts])
         return out[..., : config.v_head_dim]
 
+    def _starts(self) -> list[int]:
+        return [sum(self.seq_lens[:index]) for index in range(len(self.seq_lens))]
+
     def _causal(self, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor) -> Tensor:
         out_BHTK = functional.scaled_dot_product_attention(
             q_BTHK.transpose(1, 2),
@@ -106,6 +122,21 @@ class FullAttention:
             scale=self.config.softmax_scale,
         )
         return out_BHTK.transpose(1, 2)
+
+
+def max_causal_logits(
+    q_THK: Tensor, k_THK: Tensor, scale: float, *, chunk_tokens: int = 512
+) -> Tensor:
+    """Return the largest softmax input [H], float32, over all pairs that causal attention sees."""
+    max_H = torch.full((q_THK.shape[1],), -torch.inf, device=q_THK.device)
+    for start in range(0, q_THK.shape[0], chunk_tokens):
+        q_CHK = q_THK[start : start + chunk_tokens]
+        end = start + q_CHK.shape[0]
+        logits_HCS = torch.einsum("chk,shk->hcs", q_CHK, k_THK[:end]).float()
+        is_hidden_CS = torch.ones(logits_HCS.shape[1:], dtype=torch.bool, device=q_THK.device)
+        logits_HCS = logits_HCS.masked_fill(is_hidden_CS.triu(diagonal=start + 1), -torch.inf)
+        max_H = torch.maximum(max_H, logits_HCS.amax(dim=(1, 2)))
+    return max_H * scale
 
 
 def up_projections(kv_b_proj: Tensor, config: TextConfig) -> tuple[Tensor, Tensor]:
