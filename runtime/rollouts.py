@@ -183,6 +183,8 @@ class RolloutManager:
                 settings = replace(settings, launch=launch)
                 result = await run_episode(task.task, settings, self._ledger, self._tracer)
                 rewards, failure = await self._rewards(environment, task, result)
+                if failure is None:
+                    self._ledger.judge_episode(result.episode_id, rewards)
         except LedgerError:
             raise
         except Exception as error:  # noqa: BLE001 - the boundary: environments are others' code

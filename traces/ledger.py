@@ -86,8 +86,9 @@ class StepRecord:
     kind: StepKind
     body: Mapping[str, Any]
     """sample: ``observed`` (the messages that entered the context), ``message``,
-    ``finish_reason``, ``usage``, and ``reset`` where the context was begun anew (what was dropped,
-    and by which strategy); tool: ``call_id``, ``name``, ``content``, ``images``, ``error``."""
+    ``finish_reason``, ``usage``, ``version_spans`` where several versions of the weights sampled
+    the ids, and ``reset`` where the context was begun anew (what was dropped, and by which
+    strategy); tool: ``call_id``, ``name``, ``content``, ``images``, ``error``."""
     prompt_ids: Sequence[int] = ()
     """Ids that entered the context since the last sampled one."""
     token_ids: Sequence[int] = ()
@@ -133,7 +134,8 @@ class EpisodeRecord:
     output: str | None = None
     error: str | None = None
     summary: Mapping[str, Any] | None = None
-    """``critical_steps``, ``total_steps``, token counts; ``None`` while it runs."""
+    """``critical_steps``, ``total_steps``, token counts, and ``rewards`` by name where it was
+    judged; ``None`` while it runs."""
 
 
 def _pack(kind: str, numbers: Sequence[float]) -> bytes | None:
@@ -421,6 +423,14 @@ class Ledger:
             self.flush()
         finally:
             self.release(episode_id)
+
+    def judge_episode(self, episode_id: str, rewards: Mapping[str, float]) -> None:
+        """Commit what an episode that has ended is worth."""
+        self._write(
+            "UPDATE episodes SET summary = json_set(summary, '$.rewards', json(?)) WHERE id = ?",
+            (_json(rewards), episode_id),
+        )
+        self.flush()
 
     def release(self, episode_id: str) -> None:
         """Give up the claim on an episode; another process may resume it then."""
