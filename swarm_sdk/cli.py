@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager, contextmanager
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -283,19 +283,44 @@ def trace_show(
 
 @trace_app.command("export")
 def trace_export(
-    episode: Annotated[str, typer.Argument(help="The episode's id, or the start of it.")],
+    episode: Annotated[
+        str | None, typer.Argument(help="The episode's id, or the start of it; all without it.")
+    ] = None,
     runs: Runs = DEFAULT_RUNS,
+    form: Annotated[
+        str, typer.Option("--format", help="jsonl (on stdout), parquet, hf, slime or verl.")
+    ] = "jsonl",
+    out: Annotated[Path | None, typer.Option(help="File, or folder of hf, to be made.")] = None,
 ) -> None:
-    """Write an episode's trajectories as JSON lines, one agent each: ids, mask, log-probs."""
+    """Write trajectories, one row a branch: ids, mask, log-probs (docs/trajectories.md)."""
     from dataclasses import asdict
+    from typing import get_args
 
+    from swarm_sdk.traces import export
     from swarm_sdk.traces.ledger import Ledger
     from swarm_sdk.traces.trajectory import branches
 
     with _said_in_one_sentence():
         ledger = Ledger(runs, readonly=True)
-        for branch in branches(ledger, ledger.episode(episode).id):
-            _print_json(asdict(branch))
+        episodes = ledger.episodes() if episode is None else [ledger.episode(episode)]
+        if form == "jsonl":
+            for one in episodes:
+                for branch in branches(ledger, one.id):
+                    _print_json(asdict(branch) | {"mask": branch.mask})
+        elif form not in get_args(export.Format):
+            raise ConfigError(f"unknown format '{form}'; use jsonl, parquet, hf, slime or verl")
+        elif out is None:
+            raise ConfigError(f"--format {form} needs --out, the file or folder to be made")
+        else:
+            told = export.export(ledger, episodes, cast("export.Format", form), out)
+            for sentence in told.sentences:
+                typer.echo(f"left out: {sentence}", err=True)
+            typer.echo(
+                f"{told.num_branches} branches, {told.num_tokens} tokens, "
+                f"{told.num_trained_tokens} of them trained, in {out}; "
+                f"{told.left_out.total()} episodes left out",
+                err=True,
+            )
         ledger.close()
 
 
