@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +20,9 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.table import Table
 
-from swarm_sdk.errors import ConfigError, LedgerError, SwarmError
+from swarm_sdk.errors import ConfigError
+from swarm_sdk.terminal import said_in_one_sentence
+from swarm_sdk.training import app as training_app
 
 if TYPE_CHECKING:
     from swarm_sdk.runtime.episode import Result
@@ -34,26 +36,11 @@ app: typer.Typer = typer.Typer(
 )
 trace_app: typer.Typer = typer.Typer(help="Read recorded episodes.", no_args_is_help=True)
 app.add_typer(trace_app, name="trace")
+app.add_typer(training_app, name="train")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Runs = Annotated[Path, typer.Option(help="The run directory, where the ledger lies.")]
 DEFAULT_RUNS = Path(".swarm")
-
-
-@contextmanager
-def _said_in_one_sentence() -> Iterator[None]:
-    """The boundary at which errors become a line on stderr and an exit code."""
-    try:
-        yield
-    except (ConfigError, LedgerError) as error:
-        typer.echo(f"swarm: {error}", err=True)
-        raise typer.Exit(2) from error
-    except SwarmError as error:
-        typer.echo(f"swarm: {error}", err=True)
-        raise typer.Exit(1) from error
-    except KeyboardInterrupt as error:
-        typer.echo("swarm: interrupted; what was committed is in the trace", err=True)
-        raise typer.Exit(130) from error
 
 
 def _print_json(value: Any) -> None:
@@ -109,7 +96,7 @@ def run(
             with Progress(task) as progress:
                 return await swarm.run(task, files=file or (), on_event=progress, launch=launch)
 
-    with _said_in_one_sentence():
+    with said_in_one_sentence():
         _tell(_run_async(answer), as_json=as_json)
 
 
@@ -148,7 +135,7 @@ def resume(
             with Progress(record.task["prompt"]) as progress:
                 return await swarm.resume(record.id, on_event=progress)
 
-    with _said_in_one_sentence():
+    with said_in_one_sentence():
         _tell(_run_async(answer), as_json=as_json)
 
 
@@ -214,7 +201,7 @@ def demo(runs: Runs = DEFAULT_RUNS, as_json: Json = False) -> None:
     """
     from swarm_sdk.atlas.demo import print_demo, run_demo
 
-    with _said_in_one_sentence():
+    with said_in_one_sentence():
         report = _run_async(lambda: run_demo(runs))
         if as_json:
             _print_json(report.to_json())
@@ -227,7 +214,7 @@ def trace_list(runs: Runs = DEFAULT_RUNS, as_json: Json = False) -> None:
     """List the recorded episodes, newest first."""
     from swarm_sdk.traces.ledger import Ledger
 
-    with _said_in_one_sentence():
+    with said_in_one_sentence():
         ledger = Ledger(runs, readonly=True)
         episodes = ledger.episodes()[::-1]
         ledger.close()
@@ -271,7 +258,7 @@ def trace_show(
     from swarm_sdk.trace_view import episode_to_json, print_episode
     from swarm_sdk.traces.ledger import Ledger
 
-    with _said_in_one_sentence():
+    with said_in_one_sentence():
         ledger = Ledger(runs, readonly=True)
         record = ledger.episode(episode)
         if as_json:
@@ -300,7 +287,7 @@ def trace_export(
     from swarm_sdk.traces.ledger import Ledger
     from swarm_sdk.traces.trajectory import branches
 
-    with _said_in_one_sentence():
+    with said_in_one_sentence():
         ledger = Ledger(runs, readonly=True)
         episodes = ledger.episodes() if episode is None else [ledger.episode(episode)]
         if form == "jsonl":

@@ -510,11 +510,13 @@ class Ledger:
         except sqlite3.Error as error:
             raise LedgerError(f"the ledger '{self.path}' cannot be read: {error}") from error
 
-    def episodes(self) -> list[EpisodeRecord]:
-        """All episodes, oldest first."""
+    def episodes(self, ids: Sequence[str] | None = None) -> list[EpisodeRecord]:
+        """All episodes, or those of these ids that there are, oldest first."""
         rows = self._read(
             "SELECT id, task, model, settings, started_ns, ended_ns, status, output, error,"
-            " summary FROM episodes ORDER BY started_ns, row"
+            " summary FROM episodes WHERE ?1 IS NULL OR id IN (SELECT value FROM json_each(?1))"
+            " ORDER BY started_ns, row",
+            (None if ids is None else _json(list(ids)),),
         )
         return [_episode(row) for row in rows]
 

@@ -107,6 +107,22 @@ class EmbeddedEngine:
         """How often a sequence gave its pages back because they ran out."""
         return self._scheduler.num_preemptions
 
+    @property
+    def num_requests(self) -> int:
+        """Requests that run or wait for a place."""
+        return len(self._scheduler.running) + len(self._scheduler.waiting)
+
+    @property
+    def max_running(self) -> int:
+        """Sequences that share a step at most; those above it that run already end first."""
+        return self._scheduler.max_running
+
+    @max_running.setter
+    def max_running(self, places: int) -> None:
+        if places < 1:
+            raise ConfigError(f"max_running must be at least 1, got {places}")
+        self._scheduler.max_running = places
+
     async def generate(
         self, token_ids: List[int], sampling: Sampling, images: List[Image] = ()
     ) -> Generation:

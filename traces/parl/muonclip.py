@@ -120,6 +120,13 @@ class MuonClip(torch.optim.Optimizer):
         self.config: MuonClipConfig = config
         defaults = {"lr": config.lr, "weight_decay": config.weight_decay}
         super().__init__([group for group in groups if group["params"]], defaults)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                names = ("momentum",) if group["is_muon"] else ("mean", "square")
+                state = self.state[parameter]
+                state.update({name: torch.zeros_like(parameter) for name in names})
+                if not group["is_muon"]:
+                    state["step"] = torch.zeros((), dtype=torch.float32)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -138,8 +145,6 @@ class MuonClip(torch.optim.Optimizer):
     def _muon(self, parameter: Tensor, parts: Parts, lr: float, weight_decay: float) -> None:
         gradient, state = parameter.grad, self.state[parameter]
         assert gradient is not None
-        if not state:
-            state["momentum"] = torch.zeros_like(parameter)
         momentum = state["momentum"]
         momentum.mul_(self.config.momentum).add_(gradient)
         update = gradient + self.config.momentum * momentum
@@ -155,10 +160,6 @@ class MuonClip(torch.optim.Optimizer):
     def _adamw(self, parameter: Tensor, lr: float, weight_decay: float) -> None:
         gradient, state = parameter.grad, self.state[parameter]
         assert gradient is not None
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
-            state["mean"] = torch.zeros_like(parameter)
-            state["square"] = torch.zeros_like(parameter)
         beta1, beta2 = self.config.betas
         state["step"] += 1
         count = float(state["step"])
