@@ -23,6 +23,7 @@ from typing import Any
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 
 from swarm_sdk.errors import ConfigError
+from swarm_sdk.traces.parl.distributed import ALONE, Team
 
 BATCHES, METRICS, CHECKPOINTS, STATE = "batches.jsonl", "metrics.jsonl", "checkpoints", "state.json"
 KEPT_CHECKPOINTS = 2
@@ -61,12 +62,22 @@ class Journal:
         found = [int(p.name) for p in (self.run / CHECKPOINTS).glob("[0-9]*") if p.name.isdigit()]
         return max(found, default=None)
 
-    def save(self, done: int, tensors: dict[str, Any], state: Mapping[str, Any]) -> None:
+    def save(
+        self,
+        done: int,
+        tensors: dict[str, Any],
+        state: Mapping[str, Any],
+        team: Team = ALONE,
+    ) -> None:
         """Write a checkpoint; one that was broken off never bears a checkpoint's name."""
         folder = self.run / CHECKPOINTS
         partial, final = folder / f"partial-{done}", folder / f"{done:06d}"
-        shutil.rmtree(partial, ignore_errors=True)
+        if team.is_leader:
+            shutil.rmtree(partial, ignore_errors=True)
+        team.share(None)  # nobody writes before it is gone
         _without_warnings(state_dict_saver.save, tensors, partial)
+        if not team.is_leader:
+            return
         (partial / STATE).write_text(json.dumps(dict(state)), encoding="utf-8")
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)

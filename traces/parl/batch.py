@@ -320,6 +320,25 @@ def micro_batches(
     return [_pack(units, num_questions) for units in packed]
 
 
+def empty_batch() -> MicroBatch:
+    """A pass that changes nothing, for a process that must not lag behind the others."""
+    zero = torch.zeros(1)
+    return MicroBatch(
+        ids_T=torch.zeros(2, dtype=torch.int64),
+        positions_T=torch.arange(2),
+        seq_lens=(2,),
+        prefix_of=(None,),
+        rows_X=torch.zeros(1, dtype=torch.int64),
+        targets_X=torch.zeros(1, dtype=torch.int64),
+        sampled_logprobs_X=zero,
+        advantages_X=zero,
+        weights_X=zero,
+        versions_X=torch.full((1,), -1, dtype=torch.int32),
+        temperature=1.0,
+        images=(),
+    )
+
+
 @dataclass(slots=True)
 class _Unit:
     """Samples that begin with the same ids."""

@@ -26,7 +26,8 @@ from torch.utils.checkpoint import checkpoint
 from swarm_sdk.model_backend.model.kimi import KimiModel
 from swarm_sdk.model_backend.model.media import MediaBatch, decode_image, preprocess_image
 from swarm_sdk.model_backend.model.mla import FullAttention
-from swarm_sdk.traces.parl.batch import Batch, MicroBatch, micro_batches
+from swarm_sdk.traces.parl.batch import Batch, MicroBatch, empty_batch, micro_batches
+from swarm_sdk.traces.parl.distributed import ALONE, Team, shard
 from swarm_sdk.traces.parl.loss import LossConfig, policy_loss
 from swarm_sdk.traces.parl.muonclip import MuonClip, MuonClipConfig, clip_grad_norm, qk_clip
 
@@ -70,10 +71,13 @@ class Learner:
     the report's zero-vision stage.
     """
 
-    def __init__(self, model: KimiModel, config: LearnerConfig) -> None:
+    def __init__(self, model: KimiModel, config: LearnerConfig, team: Team = ALONE) -> None:
+        """Take over ``model``, sharded over the ``team`` from here on."""
         for name, parameter in model.named_parameters():
             is_vision = name.startswith(("vision_tower", "mm_projector"))
             parameter.requires_grad_(not is_vision)
+        shard(model, team)
+        self.team: Team = team
         self.model: KimiModel = model.train()
         self.config: LearnerConfig = config
         self.optimizer: MuonClip = MuonClip(model, config.optimizer)
@@ -144,14 +148,17 @@ class Learner:
             version: tokens of this policy version are compared with the engine's record.
             num_questions: over how many eq. (1) takes its mean, where the batch is a part.
         """
-        device = self.device
+        device, team = self.device, self.team
         max_logits_YH = torch.full(self._max_logits_shape, -torch.inf, device=device)
-        sums = torch.zeros(4, device=device)
+        sums = torch.zeros(5, device=device)
         agreement = Agreement()
-        num_packed = 0
-        for packed in micro_batches(batch, self.config.micro_tokens, num_questions=num_questions):
+        num_questions = num_questions or len(batch.groups)
+        own = Batch(groups=team.part([group for group in batch.groups if group]))
+        packed_batches = micro_batches(own, self.config.micro_tokens, num_questions=num_questions)
+        num_passes = int(team.max(torch.tensor(len(packed_batches), device=device)))
+        packed_batches += [empty_batch()] * (num_passes - len(packed_batches))
+        for packed in packed_batches:
             micro = packed.to(device)
-            num_packed += len(micro.ids_T)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 logprobs_X = self.logprobs(micro, max_logits_YH=max_logits_YH)
             parts = policy_loss(
@@ -162,17 +169,19 @@ class Learner:
                 self.config.loss,
             )
             parts.loss.backward()  # type: ignore[no-untyped-call]
-            sums += torch.stack(
-                [parts.loss.detach(), parts.num_tokens, parts.num_masked, parts.kl.detach()]
-            )
+            is_real = float(micro.weights_X.sum() > 0)
+            num_packed = torch.tensor(float(len(micro.ids_T)), device=device)
+            counts = torch.stack([parts.num_tokens, parts.num_masked, parts.kl, num_packed])
+            sums += torch.cat([parts.loss.detach()[None], is_real * counts])
             if version is not None:
                 difference_X = (logprobs_X.detach() - micro.sampled_logprobs_X).abs()
                 agreement.add(difference_X[micro.versions_X == version])
-        loss, num_tokens, num_masked, kl = sums.tolist()
+        team.max(max_logits_YH)
+        loss, num_tokens, num_masked, kl, num_packed = team.sum(sums).tolist()
         figures = {
             "loss": loss,
             "loss_tokens": num_tokens,
-            "packed_tokens": float(num_packed),
+            "packed_tokens": num_packed,
             "share_masked": num_masked / max(num_tokens, 1.0),
             "kl": kl / max(num_tokens, 1.0),
         }

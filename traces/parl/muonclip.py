@@ -163,7 +163,7 @@ class MuonClip(torch.optim.Optimizer):
         beta1, beta2 = self.config.betas
         state["step"] += 1
         count = float(state["step"])
-        state["mean"].lerp_(gradient, 1 - beta1)
+        state["mean"].mul_(beta1).add_(gradient, alpha=1 - beta1)
         state["square"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         mean = state["mean"] / (1 - beta1**count)
         root = (state["square"] / (1 - beta2**count)).sqrt_().add_(self.config.eps)
@@ -225,6 +225,17 @@ def _scale_rows(weight: Tensor, scale_n: Tensor) -> None:
 
 
 def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> float:
-    """Scale all gradients so that their joint norm is at most ``max_norm``; returns the norm."""
-    norm = torch.nn.utils.clip_grad_norm_(list(parameters), max_norm)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    """Scale all gradients so that their joint norm is at most ``max_norm``; returns the norm.
+
+    Shards of several processes count together: no part of a gradient lies on two of them.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+    square = torch.stack([g.float().square().sum() for g in local]).sum()
+    if any(isinstance(g, DTensor) for g in gradients):
+        torch.distributed.all_reduce(square)
+    norm = float(square.sqrt())
+    if norm > max_norm:
+        for gradient in local:
+            gradient.mul_(max_norm / (norm + 1e-6))
+    return norm
