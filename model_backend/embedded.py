@@ -20,8 +20,11 @@ def open_embedded(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     max_running: int = 64,
+    name: str | None = None,
 ) -> TokenModel:
     """Load a checkpoint and its tokenizer and start an engine on them.
+
+    Records call the model ``name``, or the directory's.
 
     Raises:
         ConfigError: a file is missing or broken, or weights and tokenizer do not fit together.
@@ -37,7 +40,7 @@ def open_embedded(
             f"and the weights have {text.vocab_size}"
         )
     return TokenModel(
-        name=directory.name,
+        name=name or directory.name,
         engine=EmbeddedEngine(model, max_running=max_running),
         chat_format=ChatFormat(tokenizer, thinking=True),
         context_tokens=text.max_position_embeddings,

@@ -114,6 +114,8 @@ class EpisodeSettings:
     limits: Limits = field(default_factory=Limits)
     price: Price = FREE
     can_spawn: bool = True
+    subagent_model: Model | None = None
+    """What sub-agents that the orchestrator creates run on; ``None`` is ``model``."""
     seed: int | None = None
     hooks: Sequence[Hooks] = ()
     context: ContextStrategy | None = None
@@ -152,6 +154,10 @@ async def run_episode(
                 "tools": sorted(settings.tools),
                 "roles": sorted(settings.declared),
                 "seed": settings.seed,
+                "sampling": {
+                    "temperature": settings.sampling.temperature,
+                    "top_p": settings.sampling.top_p,
+                },
                 "max_parallel": settings.limits.max_parallel,
                 "launch": dict(settings.launch),
             },
@@ -267,7 +273,7 @@ class _Episode:
         return SubagentConfig(
             name=name,
             instructions=system_prompt,
-            model=settings.model,
+            model=settings.subagent_model or settings.model,
             tools=settings.tools,
             sampling=settings.sampling,
             max_steps=settings.budget.sub_steps,

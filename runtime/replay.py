@@ -129,6 +129,7 @@ def _turn(ledger: Ledger, step: StepRecord) -> RecordedTurn:
                 logprobs=tuple(step.logprobs),
                 finish_reason=body["finish_reason"],
                 weight_version=step.weight_version or 0,
+                version_spans=tuple((v, num) for v, num in body.get("version_spans", ())),
                 **body["usage"],
             ),
             prompt_ids=tuple(step.prompt_ids),

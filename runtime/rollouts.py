@@ -13,6 +13,7 @@ section 3.3).
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections import deque
 from collections.abc import AsyncIterator, Iterable
 from contextlib import aclosing
@@ -33,6 +34,12 @@ from swarm_sdk.traces.ledger import Ledger
 
 _is_inside: ContextVar[bool] = ContextVar("swarm_sdk_rollout", default=False)
 """Whether the code that runs belongs to a rollout that holds a place already."""
+
+
+def _seed(seed: int, environment: str, task: str, sample: int) -> int:
+    """A seed of its own for each episode, the same in every run."""
+    text = f"{seed}/{environment}/{task}/{sample}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
 
 
 class RolloutManager:
@@ -178,11 +185,15 @@ class RolloutManager:
                     both = [*settings.tools.values(), *tools]
                     settings = replace(settings, tools=check_names(both))
                 if settings.seed is not None:
-                    settings = replace(settings, seed=settings.seed + sample)
+                    settings = replace(
+                        settings, seed=_seed(settings.seed, environment.name, task.id, sample)
+                    )
                 launch = {"environment": environment.name, "task": task.id, "sample": sample}
                 settings = replace(settings, launch=launch)
                 result = await run_episode(task.task, settings, self._ledger, self._tracer)
                 rewards, failure = await self._rewards(environment, task, result)
+                if failure is None:
+                    self._ledger.judge_episode(result.episode_id, rewards)
         except LedgerError:
             raise
         except Exception as error:  # noqa: BLE001 - the boundary: environments are others' code

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.table import Table
 
-from swarm_sdk.errors import ConfigError, LedgerError, SwarmError
+from swarm_sdk.errors import ConfigError
+from swarm_sdk.terminal import said_in_one_sentence
+from swarm_sdk.training import app as training_app
 
 if TYPE_CHECKING:
     from swarm_sdk.runtime.episode import Result
@@ -34,26 +36,11 @@ app: typer.Typer = typer.Typer(
 )
 trace_app: typer.Typer = typer.Typer(help="Read recorded episodes.", no_args_is_help=True)
 app.add_typer(trace_app, name="trace")
+app.add_typer(training_app, name="train")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Runs = Annotated[Path, typer.Option(help="The run directory, where the ledger lies.")]
 DEFAULT_RUNS = Path(".swarm")
-
-
-@contextmanager
-def _said_in_one_sentence() -> Iterator[None]:
-    """The boundary at which errors become a line on stderr and an exit code."""
-    try:
-        yield
-    except (ConfigError, LedgerError) as error:
-        typer.echo(f"swarm: {error}", err=True)
-        raise typer.Exit(2) from error
-    except SwarmError as error:
-        typer.echo(f"swarm: {error}", err=True)
-        raise typer.Exit(1) from error
-    except KeyboardInterrupt as error:
-        typer.echo("swarm: interrupted; what was committed is in the trace", err=True)
-        raise typer.Exit(130) from error
 
 
 def _print_json(value: Any) -> None:
@@ -109,7 +96,7 @@ def run(
             with Progress(task) as progress:
                 return await swarm.run(task, files=file or (), on_event=progress, launch=launch)
 
-    with _said_in_one_sentence():
+    with said_in_one_sentence():
         _tell(_run_async(answer), as_json=as_json)
 
 
@@ -148,7 +135,7 @@ def resume(
             with Progress(record.task["prompt"]) as progress:
                 return await swarm.resume(record.id, on_event=progress)
 
-    with _said_in_one_sentence():
+    with said_in_one_sentence():
         _tell(_run_async(answer), as_json=as_json)
 
 
@@ -214,7 +201,7 @@ def demo(runs: Runs = DEFAULT_RUNS, as_json: Json = False) -> None:
     """
     from swarm_sdk.atlas.demo import print_demo, run_demo
 
-    with _said_in_one_sentence():
+    with said_in_one_sentence():
         report = _run_async(lambda: run_demo(runs))
         if as_json:
             _print_json(report.to_json())
@@ -227,7 +214,7 @@ def trace_list(runs: Runs = DEFAULT_RUNS, as_json: Json = False) -> None:
     """List the recorded episodes, newest first."""
     from swarm_sdk.traces.ledger import Ledger
 
-    with _said_in_one_sentence():
+    with said_in_one_sentence():
         ledger = Ledger(runs, readonly=True)
         episodes = ledger.episodes()[::-1]
         ledger.close()
@@ -271,7 +258,7 @@ def trace_show(
     from swarm_sdk.trace_view import episode_to_json, print_episode
     from swarm_sdk.traces.ledger import Ledger
 
-    with _said_in_one_sentence():
+    with said_in_one_sentence():
         ledger = Ledger(runs, readonly=True)
         record = ledger.episode(episode)
         if as_json:
@@ -283,19 +270,44 @@ def trace_show(
 
 @trace_app.command("export")
 def trace_export(
-    episode: Annotated[str, typer.Argument(help="The episode's id, or the start of it.")],
+    episode: Annotated[
+        str | None, typer.Argument(help="The episode's id, or the start of it; all without it.")
+    ] = None,
     runs: Runs = DEFAULT_RUNS,
+    form: Annotated[
+        str, typer.Option("--format", help="jsonl (on stdout), parquet, hf, slime or verl.")
+    ] = "jsonl",
+    out: Annotated[Path | None, typer.Option(help="File, or folder of hf, to be made.")] = None,
 ) -> None:
-    """Write an episode's trajectories as JSON lines, one agent each: ids, mask, log-probs."""
+    """Write trajectories, one row a branch: ids, mask, log-probs (docs/trajectories.md)."""
     from dataclasses import asdict
+    from typing import get_args
 
+    from swarm_sdk.traces import export
     from swarm_sdk.traces.ledger import Ledger
     from swarm_sdk.traces.trajectory import branches
 
-    with _said_in_one_sentence():
+    with said_in_one_sentence():
         ledger = Ledger(runs, readonly=True)
-        for branch in branches(ledger, ledger.episode(episode).id):
-            _print_json(asdict(branch))
+        episodes = ledger.episodes() if episode is None else [ledger.episode(episode)]
+        if form == "jsonl":
+            for one in episodes:
+                for branch in branches(ledger, one.id):
+                    _print_json(asdict(branch) | {"mask": branch.mask})
+        elif form not in get_args(export.Format):
+            raise ConfigError(f"unknown format '{form}'; use jsonl, parquet, hf, slime or verl")
+        elif out is None:
+            raise ConfigError(f"--format {form} needs --out, the file or folder to be made")
+        else:
+            told = export.export(ledger, episodes, cast("export.Format", form), out)
+            for sentence in told.sentences:
+                typer.echo(f"left out: {sentence}", err=True)
+            typer.echo(
+                f"{told.num_branches} branches, {told.num_tokens} tokens, "
+                f"{told.num_trained_tokens} of them trained, in {out}; "
+                f"{told.left_out.total()} episodes left out",
+                err=True,
+            )
         ledger.close()
 
 

@@ -8,7 +8,8 @@ SwarmError
 │   └── SandboxDied        the sandbox is gone; a new one starts with the next call
 ├── BudgetExceeded         a limit of the budget is reached   .limit, .used, .allowed
 ├── LedgerError            the record cannot be read or written
-│   └── EpisodeBusy        another process runs the episode   .episode_id
+│   ├── EpisodeBusy        another process runs the episode   .episode_id
+│   └── NotTrainable       an episode that cannot train       .reason
 └── SubagentError          a sub-agent ended without a report (fail_fast)   .agent_path
 """
 
@@ -77,6 +78,15 @@ class EpisodeBusy(LedgerError):
             f"episode {episode_id} is being run by another process or task; wait for it or end it"
         )
         self.episode_id = episode_id
+
+
+class NotTrainable(LedgerError):
+    """Raised if a recorded episode cannot train."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+        """In one word, to be counted: ``no_token_ids``, ``no_logprobs`` …"""
 
 
 class SubagentError(SwarmError):

@@ -69,6 +69,8 @@ class Swarm:
         limits: bounds of single agents and calls: tool seconds, characters that a model sees.
         sampling: how turns are drawn; the default depends on the model.
         max_parallel: sub-agents alive at one time in an episode; more wait their turn.
+        subagent_model: what the sub-agents that the orchestrator creates run on; its own model
+            unless given. Frozen sub-agents of training are this (report, section 3.1).
         can_spawn: whether the orchestrator may create sub-agents and assign tasks.
         fail_fast: end an episode with its first sub-agent that ends without a report; by default
             the orchestrator reads why, and the siblings go on.
@@ -97,6 +99,7 @@ class Swarm:
         limits: Limits | None = None,
         sampling: Sampling | None = None,
         max_parallel: int = 100,
+        subagent_model: str | Model | None = None,
         can_spawn: bool = True,
         fail_fast: bool = False,
         hooks: Sequence[Hooks] = (),
@@ -107,7 +110,7 @@ class Swarm:
         api_key: str | None = None,
         tracer_provider: TracerProvider | None = None,
     ) -> None:
-        for given in (model, *(role.model for role in roles)):
+        for given in (model, subagent_model, *(role.model for role in roles)):
             if isinstance(given, str):
                 check_model_string(given)
         if max_parallel < 1:
@@ -130,6 +133,7 @@ class Swarm:
         self._check_prices(total_budget)
         self._limits = replace(limits or Limits(), max_parallel=max_parallel)
         self._sampling = sampling or default_sampling(model)
+        self._subagent_model = subagent_model
         self._can_spawn = can_spawn
         self._fail_fast = fail_fast
         self._hooks = tuple(hooks)
@@ -383,6 +387,9 @@ class Swarm:
             limits=self._limits,
             price=price,
             can_spawn=self._can_spawn,
+            subagent_model=None
+            if self._subagent_model is None
+            else self._resolve(self._subagent_model),
             seed=self._seed,
             hooks=self._hooks,
             context=self._context,

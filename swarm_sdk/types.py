@@ -129,7 +129,10 @@ class Generation:
     """Natural log-probability of each id under the distribution it was drawn from."""
     finish_reason: FinishReason
     weight_version: int = 0
-    """Version of the policy weights that sampled these tokens."""
+    """Version of the policy weights that sampled the last of these tokens."""
+    version_spans: tuple[tuple[int, int], ...] = ()
+    """(version, tokens) in order, where new weights came while this was sampled; empty where all
+    tokens are of ``weight_version``."""
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     """Prompt tokens whose keys and values were reused."""

@@ -99,8 +99,9 @@ class StepRecord:
     kind: StepKind
     body: Mapping[str, Any]
     """sample: ``observed`` (the messages that entered the context), ``message``,
-    ``finish_reason``, ``usage``, and ``reset`` where the context was begun anew (what was dropped,
-    and by which strategy); tool: ``call_id``, ``name``, ``content``, ``images``, ``error``."""
+    ``finish_reason``, ``usage``, ``version_spans`` where several versions of the weights sampled
+    the ids, and ``reset`` where the context was begun anew (what was dropped, and by which
+    strategy); tool: ``call_id``, ``name``, ``content``, ``images``, ``error``."""
     prompt_ids: Sequence[int] = ()
     """Ids that entered the context since the last sampled one."""
     token_ids: Sequence[int] = ()
@@ -146,7 +147,8 @@ class EpisodeRecord:
     output: str | None = None
     error: str | None = None
     summary: Mapping[str, Any] | None = None
-    """``critical_steps``, ``total_steps``, token counts; ``None`` while it runs."""
+    """``critical_steps``, ``total_steps``, token counts, and ``rewards`` by name where it was
+    judged; ``None`` while it runs."""
 
 
 def _pack(kind: str, numbers: Sequence[float]) -> bytes:
@@ -336,8 +338,8 @@ class Ledger:
             execute = self._db.execute
             try:
                 execute("BEGIN IMMEDIATE")
-                for statement in rows.keys() - set(_IN_BULK):
-                    for row in rows[statement]:
+                for statement in rows:
+                    for row in rows[statement] if statement not in _IN_BULK else ():
                         row.id = execute(row.statement, row.values).lastrowid or 0
                 for statement in _IN_BULK:
                     if statement in rows:
@@ -448,6 +450,14 @@ class Ledger:
         finally:
             self.release(episode_id)
 
+    def judge_episode(self, episode_id: str, rewards: Mapping[str, float]) -> None:
+        """Commit what an episode that has ended is worth."""
+        self._write(
+            "UPDATE episodes SET summary = json_set(summary, '$.rewards', json(?)) WHERE id = ?",
+            (_json(rewards), episode_id),
+        )
+        self.flush()
+
     def release(self, episode_id: str) -> None:
         """Give up the claim on an episode; another process may resume it then."""
         if episode_id in self._claimed and self._claims is not None:
@@ -538,11 +548,13 @@ class Ledger:
         except sqlite3.Error as error:
             raise LedgerError(f"the ledger '{self.path}' cannot be read: {error}") from error
 
-    def episodes(self) -> list[EpisodeRecord]:
-        """All episodes, oldest first."""
+    def episodes(self, ids: Sequence[str] | None = None) -> list[EpisodeRecord]:
+        """All episodes, or those of these ids that there are, oldest first."""
         rows = self._read(
             "SELECT id, task, model, settings, started_ns, ended_ns, status, output, error,"
-            " summary FROM episodes ORDER BY started_ns, row"
+            " summary FROM episodes WHERE ?1 IS NULL OR id IN (SELECT value FROM json_each(?1))"
+            " ORDER BY started_ns, row",
+            (None if ids is None else _json(list(ids)),),
         )
         return [_episode(row) for row in rows]
 

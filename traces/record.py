@@ -87,6 +87,8 @@ class AgentRecorder:
                 "num_completion_tokens": generation.num_completion_tokens,
             },
         }
+        if generation.version_spans:
+            body["version_spans"] = generation.version_spans
         if self._reset is not None:
             body["reset"], self._reset = self._reset, None
         row = self.ledger.append(

@@ -109,6 +109,22 @@ class EmbeddedEngine:
         """How often a sequence gave its pages back because they ran out."""
         return self._scheduler.num_preemptions
 
+    @property
+    def num_requests(self) -> int:
+        """Requests that run or wait for a place."""
+        return len(self._scheduler.running) + len(self._scheduler.waiting)
+
+    @property
+    def max_running(self) -> int:
+        """Sequences that share a step at most; those above it that run already end first."""
+        return self._scheduler.max_running
+
+    @max_running.setter
+    def max_running(self, places: int) -> None:
+        if places < 1:
+            raise ConfigError(f"max_running must be at least 1, got {places}")
+        self._scheduler.max_running = places
+
     async def generate(
         self, token_ids: List[int], sampling: Sampling, images: List[Image] = ()
     ) -> Generation:
@@ -135,18 +151,20 @@ class EmbeddedEngine:
         return await asyncio.wrap_future(sequence.future)
 
     async def update_weights(self, state_dict: Mapping[str, Tensor], weight_version: int) -> None:
-        """Copy new weights into the model and forget all cached keys.
+        """Copy new weights into the model, between two steps, and forget all cached keys.
 
-        Waits until the running requests have ended, so that each generation is the work of one
-        version; requests that come meanwhile run on the new weights.
+        ``state_dict`` may hold a part of the tensors; the others stay. Running requests go on with
+        the new weights: their keys are computed anew, so each id is drawn from exactly what its
+        version would say, and ``Generation.version_spans`` tells which version drew which. The
+        tensors of ``state_dict`` must not change before this returns.
 
         Raises:
-            ConfigError: names or shapes differ from the model's; nothing is changed.
+            ConfigError: a name or a shape is not the model's; nothing is changed.
             ModelError: the engine is closed.
         """
         own = {name: tensor.shape for name, tensor in self.model.state_dict().items()}
         new = {name: tensor.shape for name, tensor in state_dict.items()}
-        unlike = sorted(name for name in {*own, *new} if own.get(name) != new.get(name))
+        unlike = sorted(name for name in new if own.get(name) != new[name])
         if unlike:
             raise ConfigError(
                 f"the new weights do not fit the model: {len(unlike)} tensors differ in name or "
@@ -201,10 +219,8 @@ class EmbeddedEngine:
         """Take what came in, waiting if there is nothing to do; ``False`` ends the engine."""
         scheduler = self._scheduler
         while True:
-            if self._updates and not scheduler.has_work:
+            while self._updates:
                 self._apply(self._updates.pop(0))
-                scheduler.is_draining = bool(self._updates)
-                continue
             try:
                 item = self._inbox.get(block=not scheduler.has_work)
             except queue.Empty:
@@ -215,14 +231,18 @@ class EmbeddedEngine:
                 scheduler.add(item)
             else:
                 self._updates.append(item)
-                scheduler.is_draining = True
 
     def _apply(self, update: _WeightUpdate) -> None:
         if not update.future.set_running_or_notify_cancel():
             return
+        self._scheduler.preempt_all()
+        for sequence in self._scheduler.waiting:
+            sequence.end_version(self.weight_version)
+            sequence.features = None
+        own = self.model.state_dict()
         with torch.no_grad():
-            for name, tensor in self.model.state_dict().items():
-                tensor.copy_(update.state_dict[name])
+            for name, tensor in update.state_dict.items():
+                own[name].copy_(tensor)
         self._table.clear()
         self._runner.refresh_weights()
         self.weight_version = update.weight_version

@@ -52,15 +52,13 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         """In order of admission: the last one is the first to be preempted."""
-        self.is_draining = False
-        """Whether only sequences that have run before are admitted."""
         self.num_preemptions: int = 0
         self.num_computed_prompt_tokens: int = 0
 
     @property
     def has_work(self) -> bool:
         """Whether there is a sequence that may run."""
-        return bool(self.running) or any(self._may_run(seq) for seq in self.waiting)
+        return bool(self.running or self.waiting)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence."""
@@ -111,8 +109,11 @@ class Scheduler:
         else:
             self.waiting.remove(sequence)
 
-    def _may_run(self, sequence: Sequence) -> bool:
-        return not self.is_draining or sequence.num_cached_tokens is not None
+    def preempt_all(self) -> None:
+        """Take the pages of all running sequences; they start again before those that wait."""
+        for sequence in reversed(list(self.running)):
+            self.remove(sequence)
+            self.waiting.appendleft(sequence)
 
     def _drop_cancelled(self) -> None:
         for sequence in [seq for seq in (*self.running, *self.waiting) if seq.future.cancelled()]:
@@ -135,7 +136,7 @@ class Scheduler:
     def _unfinished_prompts(self) -> Iterator[Sequence]:
         """Yield running sequences with more than one token to compute, then newly admitted ones."""
         yield from [seq for seq in self.running if seq.num_to_compute > 1]
-        for sequence in [seq for seq in self.waiting if self._may_run(seq)]:
+        for sequence in list(self.waiting):
             if len(self.running) >= self.max_running:
                 return
             shared = self._shared_pages(sequence)

@@ -55,6 +55,8 @@ class Sequence:
     """Prompt tokens found in the cache; ``None`` until the sequence first runs."""
     pages: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    versions: list[tuple[int, int]] = field(default_factory=list)
+    """(version, tokens) of earlier weights that sampled the first ids, in order."""
     names: list[bytes] = field(default_factory=list)
     """Names of the full pages, as far as they were asked for; see ``page_name``."""
     uniforms: random.Random = field(init=False)
@@ -90,10 +92,24 @@ class Sequence:
             logprobs=tuple(self.logprobs),
             finish_reason=finish_reason,
             weight_version=weight_version,
+            version_spans=self.version_spans(weight_version),
             num_prompt_tokens=self.num_prompt_tokens,
             num_cached_tokens=self.num_cached_tokens or 0,
             num_completion_tokens=self.num_completion_tokens,
         )
+
+    def end_version(self, version: int) -> None:
+        """Tell that ids sampled from now on are the work of newer weights than ``version``."""
+        num_sampled = self.num_completion_tokens - sum(num for _, num in self.versions)
+        if num_sampled:
+            self.versions.append((version, num_sampled))
+
+    def version_spans(self, weight_version: int) -> tuple[tuple[int, int], ...]:
+        """Give the versions where there were several; ``weight_version`` is the last."""
+        if not self.versions:
+            return ()
+        num_last = self.num_completion_tokens - sum(num for _, num in self.versions)
+        return (*self.versions, *([(weight_version, num_last)] if num_last else []))
 
     def page_name(self, page_index: int, page_size: int) -> bytes:
         """Name the content of a full page and of everything before it.

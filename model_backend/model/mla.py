@@ -57,15 +57,33 @@ class AttentionContext(Protocol):
 
 
 class FullAttention:
-    """Causal attention inside each of the packed segments, by the full form."""
+    """Causal attention inside each of the packed segments, by the full form.
 
-    def __init__(self, config: TextConfig, seq_lens: Sequence[int]) -> None:
+    ``prefix_of``, if given, names for each segment the earlier one whose tokens stand before its
+    own, or ``None``: responses to one prompt then share the work on it. ``max_logits_YH`` [layers,
+    H] float32, if given, is raised to each head's largest softmax input, for QK-Clip (Kimi K2
+    report, section 2.1). That costs as much as half of attention, so heads are passed over whose
+    longest query times longest key cannot exceed ``logit_floor``.
+    """
+
+    def __init__(
+        self,
+        config: TextConfig,
+        seq_lens: Sequence[int],
+        *,
+        prefix_of: Sequence[int | None] | None = None,
+        max_logits_YH: Tensor | None = None,
+        logit_floor: float = -torch.inf,
+    ) -> None:
         self.config = config
+        self.logit_floor = logit_floor
         self.seq_lens: tuple[int, ...] = tuple(seq_lens)
+        self.prefix_of: tuple[int | None, ...] = tuple(prefix_of or [None] * len(self.seq_lens))
+        self.max_logits_YH: Tensor | None = max_logits_YH
 
     def attend(
         self,
-        layer_index: int,  # noqa: ARG002 - all layers attend alike
+        layer_index: int,
         q_nope_THN: Tensor,
         q_rope_THR: Tensor,
         latent_TL: Tensor,
@@ -87,25 +105,67 @@ class FullAttention:
         # long and holds the full matrix of logits.
         v = functional.pad(v_THV, (0, config.qk_head_dim - config.v_head_dim))
 
-        if len(set(self.seq_lens)) == 1:
+        is_even = len(set(self.seq_lens)) == 1 and not any(p is not None for p in self.prefix_of)
+        if is_even and self.max_logits_YH is None:
             batch = (len(self.seq_lens), self.seq_lens[0])
             out = self._causal(*(x.view(*batch, *x.shape[1:]) for x in (q, k, v))).flatten(0, 1)
-        else:
-            parts = zip(
-                *(x[None].split_with_sizes(self.seq_lens, dim=1) for x in (q, k, v)), strict=True
-            )
-            out = torch.cat([self._causal(*part)[0] for part in parts])
-        return out[..., : config.v_head_dim]
+            return out[..., : config.v_head_dim]
+        qs, ks, vs = (x.split_with_sizes(self.seq_lens) for x in (q, k, v))
+        outs: list[Tensor] = []
+        for index, before in enumerate(self.prefix_of):
+            k_SHK, v_SHK = ks[index], vs[index]
+            if before is not None:
+                k_SHK = torch.cat([ks[before], k_SHK])
+                v_SHK = torch.cat([vs[before], v_SHK])
+            outs.append(self._causal(qs[index][None], k_SHK[None], v_SHK[None])[0])
+            if self.max_logits_YH is not None:
+                self._watch(self.max_logits_YH[layer_index], qs[index].detach(), k_SHK.detach())
+        return torch.cat(outs)[..., : config.v_head_dim]
 
-    def _causal(self, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor) -> Tensor:
+    def _watch(self, max_H: Tensor, q_THK: Tensor, k_SHK: Tensor) -> None:
+        """Raise ``max_H`` to the largest logits of the heads that may pass the floor."""
+        scale = self.config.softmax_scale
+        longest_H = [torch.linalg.vector_norm(x, dim=-1).amax(0).float() for x in (q_THK, k_SHK)]
+        heads = (longest_H[0] * longest_H[1] * scale > self.logit_floor).nonzero()[:, 0]
+        if len(heads):
+            found = max_causal_logits(q_THK[:, heads], k_SHK[:, heads], scale)
+            max_H[heads] = torch.maximum(max_H[heads], found)
+
+    def _causal(self, q_BTHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor) -> Tensor:
+        """Attention of T queries that are the last T of S tokens."""
+        num_queries, num_keys = q_BTHK.shape[1], k_BSHK.shape[1]
+        is_seen_TS = None
+        if num_queries < num_keys:
+            is_seen_TS = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q_BTHK.device)
+            is_seen_TS = is_seen_TS.tril(diagonal=num_keys - num_queries)
         out_BHTK = functional.scaled_dot_product_attention(
             q_BTHK.transpose(1, 2),
-            k_BTHK.transpose(1, 2),
-            v_BTHK.transpose(1, 2),
-            is_causal=True,
+            k_BSHK.transpose(1, 2),
+            v_BSHK.transpose(1, 2),
+            attn_mask=is_seen_TS,
+            is_causal=is_seen_TS is None,
             scale=self.config.softmax_scale,
         )
         return out_BHTK.transpose(1, 2)
+
+
+def max_causal_logits(
+    q_THK: Tensor, k_SHK: Tensor, scale: float, *, chunk_tokens: int = 512
+) -> Tensor:
+    """Return the largest softmax input [H], float32, over all pairs that causal attention sees.
+
+    The T queries are the last T of the S tokens.
+    """
+    num_before = k_SHK.shape[0] - q_THK.shape[0]
+    max_H = torch.full((q_THK.shape[1],), -torch.inf, device=q_THK.device)
+    for start in range(0, q_THK.shape[0], chunk_tokens):
+        q_CHK = q_THK[start : start + chunk_tokens]
+        first = num_before + start
+        logits_HCS = torch.einsum("chk,shk->hcs", q_CHK, k_SHK[: first + q_CHK.shape[0]]).float()
+        is_hidden_CS = torch.ones(logits_HCS.shape[1:], dtype=torch.bool, device=q_THK.device)
+        logits_HCS = logits_HCS.masked_fill(is_hidden_CS.triu(diagonal=first + 1), -torch.inf)
+        max_H = torch.maximum(max_H, logits_HCS.amax(dim=(1, 2)))
+    return max_H * scale
 
 
 def up_projections(kv_b_proj: Tensor, config: TextConfig) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ import anyio
 
 from swarm_sdk.atlas.questions import Question
 from swarm_sdk.atlas.scoring import score
+from swarm_sdk.runtime.budget import Budget
 from swarm_sdk.runtime.episode import Result
 from swarm_sdk.swarm import Swarm
 from swarm_sdk.traces.ledger import Ledger
@@ -39,10 +40,21 @@ async def run_exam(
     runs: Path,
     parallel: int = 8,
     sampling: Sampling | None = None,
+    subagent_model: str | Model | None = None,
+    can_spawn: bool = True,
+    budget: Budget | None = None,
     on_mark: Callable[[Mark], None] = lambda _: None,
 ) -> list[Mark]:
     """Ask every question once, ``parallel`` episodes at a time; marks in the order of questions."""
-    swarm = Swarm(model, tools=tools, runs=runs, sampling=sampling)
+    swarm = Swarm(
+        model,
+        tools=tools,
+        runs=runs,
+        sampling=sampling,
+        subagent_model=subagent_model,
+        can_spawn=can_spawn,
+        budget=budget,
+    )
     slots = anyio.CapacityLimiter(parallel)
     marks: dict[int, Mark] = {}
 

@@ -12,6 +12,7 @@ import re
 import unicodedata
 
 from swarm_sdk.atlas.questions import Question
+from swarm_sdk.traces.parl.rewards.outcome import item_f1 as f1_of_items
 
 Items = dict[tuple[str, str], str]
 """(row name, column name) -> cell, all normalised."""
@@ -34,8 +35,7 @@ def item_f1(truth: str, output: str) -> float:
     asked, given = table_items(truth), table_items(output)
     if not asked or not given:
         return 0.0
-    right = sum(_is_same(asked[key], cell) for key, cell in given.items() if key in asked)
-    return 2 * right / (len(asked) + len(given))
+    return f1_of_items(asked, given, _is_same)
 
 
 def table_items(text: str) -> Items:

@@ -61,6 +61,9 @@ class Mix:
     look: float = 0.23
     real: float = 0.12
     """Share of questions about the training entities of the Atlas; the rest are invented."""
+    serial: float = 0.0
+    """Share of questions that are answered alone, one call at a time, however many names they
+    have: for a policy that has the parallel ways still to learn."""
 
 
 def draw(rng: random.Random, mix: Mix) -> tuple[World, Question]:
@@ -89,7 +92,7 @@ class Teacher:
     def __init__(
         self,
         chat_format: ChatFormat | None,
-        kernels: KernelPool,
+        kernels: KernelPool | None,
         directory: Path,
         seed: int,
         mix: Mix,
@@ -115,6 +118,8 @@ class Teacher:
             for _ in range(EPISODES_PER_LEDGER):
                 pages, question = draw(self._rng, self._mix)
                 strategy = choose_strategy(question, self._rng)
+                if self._mix.serial and self._rng.random() < self._mix.serial:
+                    strategy = "sequence"
                 result = await self.episode(pages, question, strategy, runs)
                 if score(question, result.output) == 1.0:
                     yield question, ledger, result.episode_id
@@ -143,7 +148,8 @@ class Teacher:
             corpus = self._real_corpus
         else:
             corpus = corpus_of(pages)
-        return [SearchTool(corpus), OpenTool(corpus), IPythonTool(self._kernels.lease)]
+        ipython = IPythonTool() if self._kernels is None else IPythonTool(self._kernels.lease)
+        return [SearchTool(corpus), OpenTool(corpus), ipython]
 
     def _read(self, ledger: Ledger, episode_id: str) -> list[Row]:
         return [
@@ -173,8 +179,11 @@ def _scratch() -> Iterator[Path]:
 
 @asynccontextmanager
 async def teacher(chat_format: ChatFormat | None, seed: int, mix: Mix) -> AsyncIterator[Teacher]:
-    """A teacher with a kernel and a scratch directory of its own."""
+    """A teacher with a scratch directory and, where anything is computed, a kernel of its own."""
     with _scratch() as directory:
+        if mix.compute == mix.look == 0:
+            yield Teacher(chat_format, None, directory, seed, mix)
+            return
         async with KernelPool(1, reuse=True) as kernels:
             yield Teacher(chat_format, kernels, directory, seed, mix)
 

@@ -310,20 +310,63 @@ def test_new_weights_forget_cached_keys_and_raise_the_version(reference):
     async def main():
         engine = EmbeddedEngine(old, weight_version=3)
         before = await engine.generate(prompt, GREEDY)
-        running = asyncio.ensure_future(engine.generate(prompt, replace(GREEDY, max_tokens=60)))
-        await anyio.sleep(0.01)
         await engine.update_weights(new.state_dict(), weight_version=4)
-        during = await running
         after = await engine.generate(prompt, GREEDY)
         await engine.aclose()
-        return before, during, after
+        return before, after
 
-    before, during, after = anyio.run(main)
-    assert (before.weight_version, during.weight_version, after.weight_version) == (3, 3, 4)
-    assert reference.is_greedy(reference.random_model(0), prompt, during.token_ids)
-    assert before.token_ids == during.token_ids[:12]
+    before, after = anyio.run(main)
+    assert (before.weight_version, after.weight_version) == (3, 4)
+    assert before.version_spans == after.version_spans == ()
     assert after.num_cached_tokens == 0
     assert reference.is_greedy(new, prompt, after.token_ids)
+
+
+def test_running_requests_go_on_with_new_weights_and_tell_which_drew_which_ids(reference):
+    new = reference.random_model(1)
+    draw = random.Random(16)
+    prompts = [reference.random_ids(draw, num) for num in (40, 7)]
+    sampling = replace(GREEDY, max_tokens=60)
+
+    async def main():
+        engine = EmbeddedEngine(reference.random_model(0), weight_version=3)
+        running = [asyncio.ensure_future(engine.generate(p, sampling)) for p in prompts]
+        for _ in range(2_000):  # until some ids are of the old weights
+            await anyio.sleep(0.001)
+            if engine.num_computed_prompt_tokens >= 47:
+                break
+        await anyio.sleep(0.005)
+        await engine.update_weights(new.state_dict(), weight_version=4)
+        results = [await one for one in running]
+        await engine.aclose()
+        return results
+
+    for prompt, result in zip(prompts, anyio.run(main), strict=True):
+        (old_version, num_old), (new_version, num_new) = result.version_spans
+        assert (old_version, new_version, num_old + num_new) == (3, 4, 60)
+        assert result.weight_version == 4
+        assert result.num_prompt_tokens == len(prompt)
+        head, tail = result.token_ids[:num_old], result.token_ids[num_old:]
+        assert reference.is_greedy(reference.random_model(0), prompt, head)
+        context = [*prompt, *head]
+        assert reference.is_greedy(new, context, tail)
+        alone = replace(result, token_ids=tail, logprobs=result.logprobs[num_old:])
+        assert reference.logprob_difference(new, context, alone) <= 1e-4
+
+
+def test_an_update_of_some_tensors_leaves_the_others(reference, model):
+    async def main():
+        engine = EmbeddedEngine(reference.random_model(0))
+        head = reference.random_model(1).lm_head.weight
+        await engine.update_weights({"lm_head.weight": head}, weight_version=1)
+        state = engine.model.state_dict()
+        await engine.aclose()
+        return head, state
+
+    head, state = anyio.run(main)
+    other = reference.random_model(0).state_dict()
+    assert torch.equal(state.pop("lm_head.weight"), head)
+    assert all(torch.equal(tensor, other[name]) for name, tensor in state.items())
 
 
 def test_weights_of_another_shape_are_refused(reference, model):

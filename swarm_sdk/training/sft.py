@@ -1,9 +1,6 @@
-"""Training from recorded episodes: ``python -m swarm_sdk.training tokenizer | sft``.
+"""Supervised training on episodes by the book, run by worker processes while it trains.
 
-    tokenizer   episodes by the book -> their text -> byte-pair ranks
-    sft         workers run episodes by the book ──rows──> pool ──batches──> AdamW -> checkpoint
-
-The only module that joins the runtime's rollouts to the trainer.
+workers ──rows──> reservoir ──> pool ──batches──> AdamW -> checkpoint
 """
 
 from __future__ import annotations
@@ -32,18 +29,13 @@ if TYPE_CHECKING:
     from swarm_sdk.atlas.teach import Mix
     from swarm_sdk.traces.parl.sft import Row
 
-app: typer.Typer = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
-)
-
-NANO = nano_directory()
+NANO: Path = nano_directory()
 ROWS_PER_MESSAGE = 64
 MAX_WAITING_ROWS = 50_000
 RESERVOIR_ROWS = 400_000
 """Rows kept for another pass when workers are slower than the trainer."""
 
 
-@app.command()
 def tokenizer(
     out: Annotated[Path, typer.Option(help="Directory for tiktoken.model.")] = NANO,
     episodes: Annotated[int, typer.Option(help="Episodes whose text is counted.")] = 4_000,
@@ -62,7 +54,6 @@ def tokenizer(
     _say(f"{trained.num_tokens} tokens in {out} after {time.perf_counter() - started_s:.0f} s")
 
 
-@app.command()
 def sft(
     out: Annotated[Path, typer.Option(help="Directory for the checkpoint and the log.")],
     start: Annotated[Path | None, typer.Option(help="Go on from this checkpoint.")] = None,
@@ -74,6 +65,9 @@ def sft(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     batch_tokens: int = 65_536,
     peak_lr: float = 3e-3,
+    shares: Annotated[
+        list[str] | None, typer.Option("--mix", help="KEY=SHARE of what is taught, as in Mix.")
+    ] = None,
     seed: int = 0,
 ) -> None:
     """Train `nano` on episodes by the book, run by worker processes while it trains."""
@@ -98,7 +92,7 @@ def sft(
     else:
         model = load(start, dtype=torch.float32, device=device)
     out.mkdir(parents=True, exist_ok=True)
-    mix = Mix()
+    mix = Mix(**_shares(shares or [], set(Mix.__dataclass_fields__)))
     with (
         (out / "train.jsonl").open("w") as log_file,
         RowStream(vocabulary, workers, seed, mix) as rows,
@@ -121,6 +115,19 @@ def sft(
     settings = {"sft": asdict(config), "mix": asdict(mix), "workers": workers, "totals": totals}
     (out / "training.json").write_text(json.dumps(settings, indent=1, default=str) + "\n")
     _say(f"saved to {out}: {totals}")
+
+
+def _shares(given: list[str], known: set[str]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for one in given:
+        key, _, share = one.partition("=")
+        try:
+            found[key] = float(share)
+        except ValueError as error:
+            raise ConfigError(f"'{one}' is no share; write KEY=SHARE") from error
+        if key not in known:
+            raise ConfigError(f"there is no share '{key}'; known are: {', '.join(sorted(known))}")
+    return found
 
 
 def _say(text: str) -> None:
@@ -250,7 +257,3 @@ def first_rows(vocabulary: Path, count: int, seed: int, mix: Mix) -> list[Row]:
         return list(islice(rows, count))
 
     return anyio.run(collect)
-
-
-if __name__ == "__main__":
-    app()

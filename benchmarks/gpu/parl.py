@@ -1,0 +1,152 @@
+"""The PARL experiment in one command: a serial start, training, both measured.
+
+    python benchmarks/gpu/parl.py --out OUT                              the main run, in 9 minutes
+    python benchmarks/gpu/parl.py --out OUT --start S --ablation no-parallel
+    python benchmarks/gpu/parl.py --out OUT --device cpu --mini          the same in miniature
+
+    nano ─ sft: alone, one call at a time ─> OUT/start ─ parl ─> OUT/run/model
+               │                              │ before            │ after
+               └ a policy that has parallelism └──── swarm_vs_single on held-out questions ──> gain
+                 still to learn
+
+No network, no plotting library; `swarm train report OUT/run` draws the curves elsewhere. Writes
+OUT/{log.txt, summary.json}, OUT/start, OUT/run/{config.json, metrics.jsonl, batches.jsonl, model}.
+The ledger of the run (OUT/run/runs) is deleted at the end unless --keep-ledger is given; its
+SHA-256 is in the summary.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+ABLATIONS: dict[str, dict[str, str]] = {
+    "none": {},
+    "no-parallel": {"lambda1": "0"},
+    "no-finish": {"lambda2": "0"},
+    "train-subagents": {"train_subagents": "true"},
+    "ppo": {"clip": "ppo"},
+    "toggle": {"toggle": "true"},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--seconds", type=float, default=530, help="of everything together")
+    parser.add_argument("--start", help="a checkpoint to train from; made here unless given")
+    parser.add_argument("--serial-seconds", type=float, default=50, help="to make the start")
+    parser.add_argument("--ablation", choices=list(ABLATIONS), default="none")
+    parser.add_argument("--steps", type=int, default=1_000, help="iterations at most")
+    parser.add_argument("--anneal-steps", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--n", type=int, default=96, help="held-out questions")
+    parser.add_argument("--set", action="append", default=[], help="KEY=VALUE of ParlConfig")
+    parser.add_argument("--keep-ledger", action="store_true")
+    parser.add_argument("--mini", action="store_true", help="minutes on two cores: proves the way")
+    options = parser.parse_args()
+    started_s = time.perf_counter()
+    out: Path = options.out
+    out.mkdir(parents=True, exist_ok=True)
+    log = (out / "log.txt").open("a", encoding="utf-8")
+    summary: dict[str, Any] = {"ablation": options.ablation, "seed": options.seed, "seconds": {}}
+
+    def left_s() -> float:
+        return options.seconds - (time.perf_counter() - started_s)
+
+    def run(name: str, *arguments: str, limit_s: float) -> str:
+        """One stage: its stdout is returned, everything goes to the log."""
+        began_s = time.perf_counter()
+        tell(log, f"== {name}: {' '.join(arguments)}")
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            timeout=max(limit_s, 1),
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            check=False,
+        )
+        summary["seconds"][name] = round(time.perf_counter() - began_s, 1)
+        tell(log, f"== {name}: exit {done.returncode}, {summary['seconds'][name]} s")
+        if done.returncode:
+            raise SystemExit(f"{name} failed; see {out / 'log.txt'}")
+        return done.stdout
+
+    start = options.start or str(out / "start")
+    if not options.start:
+        serial_s = 20 if options.mini else options.serial_seconds
+        run(
+            "serial start",
+            *("-m", "swarm_sdk.training", "sft", "--start", nano(), "--out", start),
+            *("--device", options.device, "--max-seconds", str(serial_s), "--peak-lr", "5e-4"),
+            *("--workers", "1" if options.mini else "12", "--seed", "7"),
+            *("--batch-tokens", "8192" if options.mini else "65536"),
+            *(f"--mix={share}" for share in ("wide=1", "deep=0", "compute=0", "look=0")),
+            "--mix=serial=0.85",
+            limit_s=serial_s + 240,
+        )
+    evaluation = [
+        *("benchmarks/swarm_vs_single.py", "--json", "--only-swarm", "--device", options.device),
+        *("--n", "6" if options.mini else str(options.n), "--parallel", "32"),
+        *("--critical-steps", "12"),
+    ]
+    before = run("before", *evaluation, "--policy", start, limit_s=left_s())
+    after_s = summary["seconds"]["before"] * 1.3 + 10
+    settings = {"questions": "8", "samples": "8", "critical_steps": "12", "max_entities": "8"}
+    settings |= {"max_episodes": "64", "max_running": "192", "anneal_steps": options.anneal_steps}
+    if options.mini:
+        settings |= {"questions": "2", "samples": "3", "max_entities": "4"}
+    settings |= ABLATIONS[options.ablation]
+    chosen = [f"{key}={value}" for key, value in settings.items()] + options.set
+    run(
+        "parl",
+        *("-m", "swarm_sdk.training", "parl", "--out", str(out / "run"), "--start", start),
+        *("--device", options.device, "--seed", str(options.seed)),
+        *("--steps", str(min(options.steps, 2) if options.mini else options.steps)),
+        *("--max-seconds", str(max(left_s() - after_s - 25, 5))),
+        *(f"--set={one}" for one in chosen),
+        limit_s=max(left_s(), 60) + 240 * options.mini,
+    )
+    after = run("after", *evaluation, "--policy", str(out / "run" / "model"), limit_s=600)
+    ledger = out / "run" / "runs" / "ledger.db"
+    with ledger.open("rb") as file:
+        summary["ledger_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+    if not options.keep_ledger:
+        shutil.rmtree(out / "run" / "runs")
+    shutil.rmtree(out / "run" / "checkpoints")
+    summary |= {"before": json.loads(before), "after": json.loads(after)}
+    rows = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
+    summary["iterations"] = len(rows)
+    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    for when in ("before", "after"):
+        results = summary[when]["results"]
+        keys = ("f1_swarm", "critical_steps_swarm", "total_steps_swarm", "subagents_swarm")
+        tell(log, f"{when}: " + ", ".join(f"{key} {results[key]:.3f}" for key in keys))
+    tell(log, f"{len(rows)} iterations in {time.perf_counter() - started_s:.0f} s")
+    log.close()
+
+
+def nano() -> str:
+    return str(ROOT / "model_backend" / "nano")
+
+
+def tell(log: Any, text: str) -> None:
+    log.write(text + "\n")
+    log.flush()
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    main()

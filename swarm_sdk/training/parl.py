@@ -1,0 +1,484 @@
+"""PARL: the recorded episodes train the orchestrator (K2.5 report, section 3; eq. (1)).
+
+    questions ─> K episodes each ─> ledger ─> rewards, advantages, ids ─> updates ─> weights ─┐
+        ▲          orchestrator: the policy's engine                                          │
+        │          sub-agents:   an engine of their own that never receives weights           │
+        └───────────────────────── the policy's engine, version + 1 <─────────────────────────┘
+
+``Parl.step`` is one turn of that wheel, in the order in which it is drawn. What trains is read from
+the ledger by ``BatchReader``, live as in a replay, so both give the same gradient.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.to_thread
+import torch
+from anyio.abc import TaskGroup
+
+from swarm_sdk.atlas.environments import DeepSearch, Difficulty, DrawnEnvironment, WideSearch
+from swarm_sdk.config import nano_directory
+from swarm_sdk.errors import ConfigError, LedgerError, NotTrainable
+from swarm_sdk.model_backend.chat.dialogue import TokenModel
+from swarm_sdk.model_backend.embedded import open_embedded
+from swarm_sdk.model_backend.engine.engine import EmbeddedEngine
+from swarm_sdk.model_backend.weights.checkpoint import load, save
+from swarm_sdk.runtime.budget import Budget
+from swarm_sdk.runtime.environment import EnvTask
+from swarm_sdk.runtime.rollouts import RolloutManager
+from swarm_sdk.runtime.tool_calls import first_of
+from swarm_sdk.swarm import Swarm
+from swarm_sdk.traces.drift import count_drift
+from swarm_sdk.traces.ledger import EpisodeRecord, Ledger
+from swarm_sdk.traces.parl.batch import Batch, BatchReader
+from swarm_sdk.traces.parl.learner import Learner, mean_figures
+from swarm_sdk.traces.parl.toggle import Toggle
+from swarm_sdk.training.journal import Journal
+from swarm_sdk.training.settings import ParlConfig
+from swarm_sdk.types import Sampling
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+BALANCE_S = 0.2
+"""How often the engines' places are shared out anew."""
+
+
+class Parl:
+    """One training run; ``async with Parl.open(config, run) as parl: await parl.train()``."""
+
+    def __init__(self, config: ParlConfig, run: Path) -> None:
+        self.config: ParlConfig = config
+        self.journal: Journal = Journal(run)
+        self.ledger: Ledger = Ledger(run / "runs")
+        start = checkpoint_directory(config.start)
+        self.learner: Learner = Learner(
+            load(start, dtype=torch.float32, device=config.device), config.learner()
+        )
+        self.policy: TokenModel = self._open(start)
+        self.frozen: TokenModel | None = None
+        self.reader: BatchReader = batch_reader(config, self.policy)
+        self.environment: DrawnEnvironment = make_environment(config)
+        self.iteration: int = 0
+        self.version: int = 0
+        """Of the policy's weights; the engine's is the same but while they are published."""
+        self._start = start
+        self._tasks: TaskGroup | None = None
+        self._swarm: Swarm | None = None
+        self._rollouts: RolloutManager | None = None
+        self._next_question = 0
+        self._open_questions: dict[int, dict[int, str | None]] = {}
+        """Number of a question -> sample -> its episode, ``None`` while it runs."""
+        self._has_news = anyio.Event()
+        self._num_failed: Counter[str] = Counter()
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, config: ParlConfig, run: Path) -> AsyncIterator[Parl]:
+        """A run in the directory ``run``: a new one, or the one there from its last checkpoint.
+
+        Raises:
+            ConfigError: a checkpoint or the device is missing, or the run there has other settings.
+        """
+        if config.device.startswith("cuda") and not torch.cuda.is_available():
+            raise ConfigError("there is no CUDA device; use --device cpu")
+        make_environment(config)
+        parl = cls(config, run)
+        try:
+            async with anyio.create_task_group() as tasks:
+                parl._tasks = tasks
+                await parl._resume()
+                yield parl
+                tasks.cancel_scope.cancel()
+        except BaseExceptionGroup as failures:
+            raise first_of(failures) from failures
+        finally:
+            with anyio.CancelScope(shield=True):
+                await parl._close()
+
+    async def train(self) -> None:
+        """Step until the settings' end; the policy lies in ``RUN/model`` then."""
+        started_s = time.perf_counter()
+        while self.iteration < self.config.steps:
+            if time.perf_counter() - started_s > self.config.max_seconds:
+                break
+            figures = await self.step()
+            say(self.iteration, self.config.steps, figures)
+        self._checkpoint()
+        save(self.learner.model, self.journal.run / "model", dtype=torch.bfloat16)
+        self.policy.chat_format.tokenizer.save(self.journal.run / "model")
+
+    async def step(self) -> dict[str, Any]:
+        """One iteration; returns its figures."""
+        clock = Clock()
+        groups = await self.roll_out()  # K episodes of each question, by the policy as it is
+        clock.lap("rollout_s")
+        batch = self.reader.read(self.ledger, groups, self.iteration)  # rewards, advantages, ids
+        updates = [
+            self.learner.update(part, version=self.version if number == 0 else None)
+            for number, part in enumerate(batch.split(self.config.updates))
+        ]
+        clock.lap("train_s")
+        await self.publish()  # weights into the engine, version + 1
+        clock.lap("publish_s")
+        self.iteration += 1
+        if self.iteration % self.config.save_every == 0:
+            self._checkpoint()
+        return self._report(groups, batch, updates, clock)
+
+    # -- rollouts --------------------------------------------------------------------------------
+
+    async def roll_out(self) -> list[list[EpisodeRecord]]:
+        """The groups of this iteration, complete; those of a run that was killed are on record."""
+        recorded = self.journal.batches.get(self.iteration)
+        if recorded is None:
+            chosen = await self._collect()
+            self.journal.write_batch(self.iteration, chosen)
+        else:
+            chosen = recorded["groups"]
+            self._next_question = max(self._next_question, recorded.get("next_question", 0))
+        ids = [episode_id for group in chosen for episode_id in group]
+        by_id = {record.id: record for record in self.ledger.episodes(ids)}
+        return [[by_id[episode_id] for episode_id in group] for group in chosen]
+
+    async def _collect(self) -> list[list[str]]:
+        """Start what is missing, wait for enough complete groups, take them."""
+        config, rollouts = self.config, self._manager()
+        rollouts.resume()
+        while len(self._open_questions) < config.questions + config.ahead:
+            self._begin(self._next_question)
+            self._next_question += 1
+        async with anyio.create_task_group() as balancing:
+            balancing.start_soon(self._balance, name="engine places")
+            while len(self._complete_questions()) < config.questions:
+                self._has_news = anyio.Event()
+                await self._has_news.wait()
+            balancing.cancel_scope.cancel()
+        await rollouts.pause()
+        done = self._complete_questions()
+        chosen = [self._open_questions.pop(number) for number in done[: config.questions]]
+        return [[e for _, e in sorted(group.items()) if e] for group in chosen]
+
+    def _begin(self, number: int) -> None:
+        """Start the episodes of a question that are not on record."""
+        task = self.environment.draw(number)
+        group: dict[int, str | None] = dict.fromkeys(range(self.config.samples))
+        self._open_questions[number] = group
+        known = self._recorded.get(task.id, {})
+        for sample in group:
+            if sample in known:
+                group[sample] = known[sample]
+            else:
+                assert self._tasks is not None, "the run is not open"
+                self._tasks.start_soon(self._run, task, number, sample, name=f"{task.id}.{sample}")
+
+    async def _run(self, task: EnvTask, number: int, sample: int) -> None:
+        rollout = await self._manager().rollout(self.environment, task, sample)
+        if rollout.result is None or rollout.error is not None:
+            self._num_failed[(rollout.error or "").partition(":")[0]] += 1
+        group = self._open_questions[number]
+        group[sample] = rollout.result.episode_id if rollout.result is not None else ""
+        self._has_news.set()
+
+    def _complete_questions(self) -> list[int]:
+        return sorted(
+            number
+            for number, group in self._open_questions.items()
+            if all(episode is not None for episode in group.values())
+        )
+
+    def _manager(self) -> RolloutManager:
+        """The rollout manager; a new one where the curriculum changes the sub-agents."""
+        config = self.config
+        wanted = config.subagents_at(self.iteration)
+        if self._rollouts is not None and (self.frozen is None or self.frozen.name == wanted):
+            return self._rollouts
+        if self._open_questions and self._rollouts is not None:
+            return self._rollouts  # the change waits until nothing of the old ones runs
+        if not config.train_subagents:
+            self._retired, self.frozen = (
+                self.frozen,
+                self._open(checkpoint_directory(wanted), wanted),
+            )
+        self._swarm = Swarm(
+            self.policy,
+            subagent_model=self.frozen,
+            budget=Budget(
+                critical_steps=config.critical_steps,
+                main_steps=config.main_steps,
+                sub_steps=config.sub_steps,
+            ),
+            sampling=Sampling(temperature=config.temperature, max_tokens=config.max_tokens),
+            seed=config.seed,
+            runs=self.journal.run / "runs",
+        )
+        self._rollouts = self._swarm.rollouts(max_episodes=config.max_episodes)
+        return self._rollouts
+
+    async def _balance(self) -> None:
+        """Share the places out by the requests that each engine has, running or waiting."""
+        engines = [model.engine for model in (self.policy, self.frozen) if model is not None]
+        while len(engines) == 2:
+            loads = [
+                engine.num_requests + 1 for engine in engines if isinstance(engine, EmbeddedEngine)
+            ]
+            share = round(self.config.max_running * loads[0] / sum(loads))
+            places = min(max(share, 1), self.config.max_running - 1)
+            for engine, num in zip(
+                engines, (places, self.config.max_running - places), strict=True
+            ):
+                if isinstance(engine, EmbeddedEngine):
+                    engine.max_running = num
+            await anyio.sleep(BALANCE_S)
+
+    # -- weights ---------------------------------------------------------------------------------
+
+    async def publish(self) -> None:
+        """Copy the policy's weights into its engine; the version goes up by one."""
+        self.version += 1
+        engine = self.policy.engine
+        assert isinstance(engine, EmbeddedEngine)
+        await engine.update_weights(self.learner.weights(), self.version)
+
+    def _open(self, directory: Path, name: str = "policy") -> TokenModel:
+        config = self.config
+        return open_embedded(
+            directory,
+            device=config.device,
+            dtype=DTYPES[config.dtype],
+            max_running=config.max_running,
+            name=name,
+        )
+
+    # -- the record ------------------------------------------------------------------------------
+
+    async def _resume(self) -> None:
+        """Go on from the last checkpoint, if there is one; else keep the settings."""
+        journal = self.journal
+        self._recorded = _recorded_episodes(self.ledger, self.environment.name)
+        done = journal.last_checkpoint()
+        if done is None:
+            self.config.save(journal.run)
+            return
+        state = journal.load(done, self.learner.state_dict())
+        self.iteration = done
+        self.version = state["version"]
+        self._next_question = state["next_question"]
+        self.learner.num_updates = state["num_updates"]
+        if self.reader.toggle is not None:
+            self.reader.toggle.load_state_dict(state["toggle"])
+        for number in state["open_questions"]:
+            self._begin(number)
+        self.version -= 1
+        await self.publish()
+
+    def _checkpoint(self) -> None:
+        toggle = self.reader.toggle
+        state = {
+            "version": self.version,
+            "next_question": self._next_question,
+            "open_questions": sorted(self._open_questions),
+            "num_updates": self.learner.num_updates,
+            "toggle": {} if toggle is None else toggle.state_dict(),
+        }
+        self.journal.save(self.iteration, self.learner.state_dict(), state)
+
+    def _report(
+        self,
+        groups: Sequence[Sequence[EpisodeRecord]],
+        batch: Batch,
+        updates: Sequence[dict[str, float]],
+        clock: Clock,
+    ) -> dict[str, Any]:
+        reward, iteration = self.config.reward(), self.iteration - 1
+        figures: dict[str, Any] = {
+            **batch.figures,
+            **mean_figures(updates),
+            **clock.laps,
+            "publish_ms": clock.laps["publish_s"] * 1e3,
+            "version": self.version,
+            "lambda1": reward.parallel.at(iteration),
+            "lambda2": reward.finish.at(iteration),
+            "tokens": batch.num_tokens,
+            "staleness": self.version - 1 - _oldest_version(batch, self.version - 1),
+            "left_out": dict(batch.left_out),
+            "failed": dict(self._num_failed),
+            "drift": dict(self._drift(groups)),
+        }
+        self._num_failed.clear()
+        self.journal.write_metrics(iteration, figures)
+        for sentence in batch.sentences:
+            sys.stderr.write(f"left out: {sentence}\n")
+        return figures
+
+    def _drift(self, groups: Sequence[Sequence[EpisodeRecord]]) -> Counter[str]:
+        """Of one episode a group: the format is the same for all."""
+        counts: Counter[str] = Counter()
+        chat_format = self.policy.chat_format
+        for group in groups:
+            for record in group[:1]:
+                counts += count_drift(
+                    self.ledger, record.id, chat_format, chat_format.tokenizer.decode
+                )
+        return counts
+
+    async def _close(self) -> None:
+        for model in (self.policy, self.frozen):
+            if model is not None:
+                await model.aclose()
+        if self._swarm is not None:
+            await self._swarm.aclose()
+        self.ledger.close()
+        self.journal.close()
+
+
+class Clock:
+    """Seconds of the parts of an iteration."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last_s = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """End a part."""
+        now_s = time.perf_counter()
+        self.laps[name] = now_s - self._last_s
+        self._last_s = now_s
+
+
+def checkpoint_directory(name: str) -> Path:
+    """``nano``, or a directory.
+
+    Raises:
+        ConfigError: there is no such directory.
+    """
+    directory = nano_directory() if name == "nano" else Path(name)
+    if not directory.is_dir():
+        raise ConfigError(f"there is no checkpoint directory '{directory}'; check the path")
+    return directory
+
+
+def make_environment(config: ParlConfig) -> DrawnEnvironment:
+    """The environment of that name.
+
+    Raises:
+        ConfigError: there is none that draws tasks by number.
+    """
+    difficulty = Difficulty(min_entities=config.min_entities, max_entities=config.max_entities)
+    for kind in (WideSearch, DeepSearch):
+        if config.environment == kind.name:
+            return kind(config.seed, difficulty)
+    raise ConfigError(f"there is no environment '{config.environment}' to draw questions from")
+
+
+def batch_reader(config: ParlConfig, policy: TokenModel) -> BatchReader:
+    """Rewards, Toggle, and the check that the policy's tokenizer made the ids."""
+    chat_format = policy.chat_format
+
+    def check(ledger: Ledger, record: EpisodeRecord) -> None:
+        drift = count_drift(ledger, record.id, chat_format, chat_format.tokenizer.decode)
+        if drift["tokenizer"]:
+            raise NotTrainable(
+                "foreign_tokens",
+                f"episode {record.id} was recorded with another tokenizer or chat format than the "
+                "policy's; train it with the one that recorded it",
+            )
+
+    return BatchReader(
+        reward=config.reward(),
+        toggle=Toggle(period=config.toggle_period) if config.toggle else None,
+        vocab_size=chat_format.tokenizer.num_tokens,
+        train_subagents=config.train_subagents,
+        check=check,
+    )
+
+
+def _recorded_episodes(ledger: Ledger, environment: str) -> dict[str, dict[int, str]]:
+    """Task -> sample -> the episode of it that ended and was judged."""
+    found: dict[str, dict[int, str]] = {}
+    for record in ledger.episodes():
+        launch = record.settings.get("launch", {})
+        if launch.get("environment") == environment and "rewards" in (record.summary or {}):
+            found.setdefault(launch["task"], {})[launch["sample"]] = record.id
+    return found
+
+
+def _oldest_version(batch: Batch, newest: int) -> int:
+    oldest = [int(s.versions_S[s.versions_S >= 0].min()) for s in batch.samples]
+    return min(oldest, default=newest)
+
+
+def say(iteration: int, steps: int, figures: dict[str, Any]) -> None:
+    """One line for the terminal."""
+
+    def number(key: str, form: str) -> str:
+        return format(figures[key], form) if key in figures else "-"
+
+    sys.stderr.write(
+        f"{iteration}/{steps}  reward {number('reward', '.3f')}  perf {number('r_perf', '.3f')}  "
+        f"width {number('width', '.2f')}  critical {number('critical_steps', '.2f')}  "
+        f"loss {number('loss', '+.4f')}  kl {number('kl', '.2e')}  "
+        f"|Δlogp| {number('engine_trainer_mean_abs_dlogprob', '.1e')}  "
+        f"rollout {number('rollout_s', '.1f')} s  train {number('train_s', '.1f')} s  "
+        f"publish {number('publish_ms', '.0f')} ms\n"
+    )
+    sys.stderr.flush()
+
+
+def replay(config: ParlConfig, source: Path, run: Path) -> list[dict[str, Any]]:
+    """Train on the episodes of earlier runs; nothing is asked of a model. Returns the figures.
+
+    ``source`` is a training run (its own batches are trained in their order) or a run directory
+    of judged episodes (grouped by task, ``config.questions`` a batch).
+
+    Raises:
+        ConfigError, LedgerError: the source cannot be read.
+    """
+    has_batches = (source / "runs").is_dir()
+    ledger = Ledger(source / "runs" if has_batches else source, readonly=True)
+    journal, config_of = Journal(run), config
+    config.save(run)
+    start = checkpoint_directory(config.start)
+    learner = Learner(load(start, dtype=torch.float32, device=config.device), config.learner())
+    policy = open_embedded(start)
+    reader = batch_reader(config_of, policy)
+    told: list[dict[str, Any]] = []
+    batches = _batches_of(source) if has_batches else _groups_of(ledger, config.questions)
+    if not batches:
+        raise LedgerError(f"'{source}' holds no episodes of an environment to train on")
+    for iteration, groups in enumerate(batches[: config.steps]):
+        records = {r.id: r for r in ledger.episodes([e for group in groups for e in group])}
+        batch = reader.read(ledger, [[records[e] for e in g] for g in groups], iteration)
+        updates = [learner.update(part) for part in batch.split(config.updates)]
+        figures = {**batch.figures, **mean_figures(updates), "left_out": dict(batch.left_out)}
+        journal.write_metrics(iteration, figures)
+        for sentence in batch.sentences:
+            sys.stderr.write(f"left out: {sentence}\n")
+        say(iteration + 1, len(batches), figures)
+        told.append(figures)
+    save(learner.model, run / "model", dtype=torch.bfloat16)
+    policy.chat_format.tokenizer.save(run / "model")
+    ledger.close()
+    journal.close()
+    return told
+
+
+def _batches_of(source: Path) -> list[list[list[str]]]:
+    journal = Journal(source)
+    return [journal.batches[iteration]["groups"] for iteration in sorted(journal.batches)]
+
+
+def _groups_of(ledger: Ledger, questions: int) -> list[list[list[str]]]:
+    groups: dict[tuple[str, str], list[str]] = {}
+    for record in ledger.episodes():
+        launch = record.settings.get("launch", {})
+        if "task" in launch:
+            groups.setdefault((launch["environment"], launch["task"]), []).append(record.id)
+    found = list(groups.values())
+    return [found[at : at + questions] for at in range(0, len(found), questions)]

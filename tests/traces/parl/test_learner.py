@@ -1,0 +1,234 @@
+"""From episodes on record to an update: batches, packing, shared prompts, gradients."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from swarm_sdk.model_backend.model.config import tiny
+from swarm_sdk.model_backend.model.kimi import KimiModel
+from swarm_sdk.model_backend.model.mla import FullAttention
+from swarm_sdk.traces.ledger import AgentRecord, EpisodeRecord, Ledger, StepRecord
+from swarm_sdk.traces.parl.batch import Batch, BatchReader, Sample, micro_batches
+from swarm_sdk.traces.parl.learner import Learner, LearnerConfig
+from swarm_sdk.traces.parl.loss import LossConfig
+from swarm_sdk.traces.parl.muonclip import MuonClipConfig
+from swarm_sdk.traces.parl.rewards.parl import ParlReward, Schedule
+from swarm_sdk.traces.parl.toggle import Toggle
+
+NO_HELP = ParlReward(parallel=Schedule(start=0, steps=0), finish=Schedule(start=0, steps=0))
+PROMPT = list(range(10, 30))
+
+
+def model_of(seed: int) -> KimiModel:
+    model = KimiModel(tiny())
+    model.init_weights(seed)
+    return model
+
+
+def record(ledger: Ledger, episode_id: str, ids, reward, *, settings=None, status="done", **step):
+    """One episode: a prompt, then turns of (observed ids, sampled ids)."""
+    settings = {"launch": {"task": "q"}, "sampling": {"temperature": 1.0, "top_p": 1.0}} | (
+        settings or {}
+    )
+    ledger.begin_episode(
+        EpisodeRecord(
+            id=episode_id, task={"prompt": "p"}, model="m", settings=settings, started_ns=0
+        )
+    )
+    main = AgentRecord(
+        path="main", parent_path=None, parent_stage=None, name="main", model="m", started_ns=0
+    )
+    ledger.begin_agent(episode_id, main)
+    for seen, said in ids:
+        row = {
+            "agent_path": "main",
+            "stage": 0,
+            "kind": "sample",
+            "body": {"observed": [], "message": {}},
+            "prompt_ids": seen,
+            "token_ids": said,
+            "logprobs": [-1.0] * len(said),
+        }
+        ledger.append(episode_id, StepRecord(**(row | step)))
+    summary = {"critical_steps": 1, "total_steps": 1, "subagents": 0}
+    ledger.end_episode(episode_id, status=status, output="", summary=summary, ended_ns=1)
+    if reward is not None:
+        ledger.judge_episode(episode_id, {"reward": reward})
+
+
+def groups(ledger: Ledger, *sizes: int):
+    records = iter(ledger.episodes())
+    return [[next(records) for _ in range(size)] for size in sizes]
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    return Ledger(tmp_path)
+
+
+def batch_of(ledger: Ledger) -> Batch:
+    draw = np.random.default_rng(0)
+    for question in range(3):
+        prompt = [40 + question] * 7 + PROMPT
+        for sample in range(4):
+            said = [draw.integers(5, 400, draw.integers(3, 9)).tolist() for _ in range(2)]
+            turns = [(prompt, said[0]), ([7, 8, 9], said[1])]
+            record(ledger, f"e{question}{sample}", turns, float(draw.uniform()))
+    return BatchReader(reward=NO_HELP).read(ledger, groups(ledger, 4, 4, 4), 0)
+
+
+def plain_logprobs(model: KimiModel, sample: Sample) -> torch.Tensor:
+    """One sequence by itself."""
+    ids = torch.from_numpy(sample.ids_S.astype(np.int64))
+    attention = FullAttention(model.config.text_config, [len(ids)])
+    hidden = model(ids, torch.arange(len(ids)), attention)
+    logprobs = (model.logits(hidden) / sample.temperature).log_softmax(-1)
+    places = torch.from_numpy(np.flatnonzero(sample.mask_S))
+    return logprobs[places - 1, ids[places]]
+
+
+def test_advantages_are_rewards_less_their_mean_and_weights_count_all_tokens(ledger) -> None:
+    batch = batch_of(ledger)
+    assert [len(group) for group in batch.groups] == [4, 4, 4]
+    for group in batch.groups:
+        assert sum(sample.advantage for sample in group) == pytest.approx(0)
+        num = sum(int(sample.mask_S.sum()) for sample in group)
+        assert {sample.weight for sample in group} == {1 / num}
+    packed = micro_batches(batch, 10_000)
+    assert float(sum(m.weights_X.sum() for m in packed)) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("max_tokens", [10_000, 90, 1])
+def test_packed_logprobs_with_shared_prompts_are_those_of_each_sequence_alone(
+    ledger, max_tokens: int
+) -> None:
+    batch, model = batch_of(ledger), model_of(0)
+    learner = Learner(model, LearnerConfig())
+    packed = micro_batches(batch, max_tokens)
+    found = torch.cat([learner.logprobs(micro) for micro in packed])
+    expected = torch.cat([plain_logprobs(model, sample) for sample in batch.samples])
+    torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
+    targets = torch.cat([micro.targets_X for micro in packed])
+    assert targets.tolist() == [i for s in batch.samples for i in s.ids_S[s.mask_S].tolist()]
+    if max_tokens == 10_000:
+        assert len(packed) == 1
+        assert len(packed[0].ids_T) == batch.num_tokens - 3 * 3 * 27  # each prompt stands once
+
+
+def test_the_gradient_is_that_of_equation_1_written_out_over_plain_sequences(ledger) -> None:
+    batch = batch_of(ledger)
+    config = LearnerConfig(loss=LossConfig(tau=0.1, alpha=0.2, beta=5.0), micro_tokens=80)
+    learner, model = Learner(model_of(0), config), model_of(0)
+    figures, _ = learner.accumulate(batch)
+    total = torch.zeros(())
+    for group in batch.groups:
+        num = sum(int(sample.mask_S.sum()) for sample in group)
+        for sample in group:
+            log_ratio = plain_logprobs(model, sample) + 1.0  # recorded: -1 each
+            gain = log_ratio.exp().clamp(0.2, 5.0) * sample.advantage - 0.1 * log_ratio**2
+            total = total - gain.sum() / num / len(batch.groups)
+    total.backward()
+    assert figures["loss"] == pytest.approx(float(total.detach()), rel=1e-4)
+    others = dict(model.named_parameters())
+    for name, parameter in learner.model.named_parameters():
+        if parameter.requires_grad and others[name].grad is not None:
+            torch.testing.assert_close(parameter.grad, others[name].grad, atol=1e-5, rtol=1e-3)
+
+
+def test_an_update_changes_the_text_weights_and_leaves_the_eyes(ledger) -> None:
+    batch = batch_of(ledger)
+    learner = Learner(model_of(0), LearnerConfig(optimizer=MuonClipConfig(lr=1e-3)))
+    before = {n: p.detach().clone() for n, p in learner.model.named_parameters()}
+    losses = [learner.update(batch)["loss"] for _ in range(6)]
+    assert losses[-1] < losses[0]
+    assert all(math.isfinite(loss) for loss in losses)
+    for name, parameter in learner.model.named_parameters():
+        is_eye = name.startswith(("vision_tower", "mm_projector"))
+        assert torch.equal(parameter, before[name]) == is_eye, name
+
+
+def test_tokens_of_the_trainers_own_version_are_compared_with_the_record(ledger) -> None:
+    batch, model = batch_of(ledger), model_of(0)
+    for sample in batch.samples:
+        sample.logprobs_S[sample.mask_S] = plain_logprobs(model, sample).detach().numpy() + 0.25
+    batch.samples[0].versions_S[batch.samples[0].mask_S] = 3
+    figures, _ = Learner(model, LearnerConfig()).accumulate(batch, version=3)
+    assert figures["engine_trainer_mean_abs_dlogprob"] == pytest.approx(0.25, abs=1e-5)
+    assert figures["engine_trainer_max_abs_dlogprob"] == pytest.approx(0.25, abs=1e-5)
+    assert (
+        "engine_trainer_mean_abs_dlogprob"
+        not in Learner(model, LearnerConfig()).accumulate(batch, version=9)[0]
+    )
+
+
+def test_parts_of_a_batch_hold_each_question_once(ledger) -> None:
+    batch = batch_of(ledger)
+    batch.groups.append([])
+    parts = batch.split(2)
+    assert sorted(map(id, (s for p in parts for s in p.samples))) == sorted(map(id, batch.samples))
+    assert sum(len(part.groups) for part in parts) == 4
+    assert len(batch.split(99)) == 3
+    assert Batch(groups=[[]]).split(2)[0].samples == []
+
+
+def test_a_batch_without_a_sample_changes_nothing(ledger) -> None:
+    learner = Learner(model_of(0), LearnerConfig())
+    before = learner.model.lm_head.weight.detach().clone()
+    assert learner.update(Batch(groups=[[]]))["loss"] == 0
+    assert torch.equal(learner.model.lm_head.weight, before)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason", "sentence"),
+    [
+        ({"reward": None}, "no_reward", "no reward on record"),
+        ({"status": "cancelled"}, "unfinished", "did not end"),
+        ({"settings": {"sampling": {"temperature": 1, "top_p": 0.9}}}, "top_p", "top_p 1"),
+        ({"settings": {"sampling": {"temperature": 0, "top_p": 1}}}, "greedy", "temperature 0"),
+        ({"ids": [([1], [511, 512])]}, "foreign_tokens", "another tokenizer"),
+        ({"ids": [([1], [])]}, "no_token_ids", "chat completions only"),
+        ({"ids": []}, "empty", "no sampled token"),
+        ({"logprobs": [0.0]}, "no_logprobs", "log-probabilities for"),
+        ({"logprobs": [float("nan")] * 2}, "non_finite_logprobs", "no finite number"),
+        (
+            {"body": {"observed": [{"role": "user", "images": [["feed", "x.png"]]}]}},
+            "missing_media",
+            "lacks the picture feed",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_cannot_train_is_told_and_counted(ledger, change, reason, sentence) -> None:
+    for number in range(2):
+        record(ledger, f"good{number}", [([1], [2, 3])], float(number))
+    record(ledger, "odd", **({"ids": [([1], [2, 3])], "reward": 0.5} | change))
+    batch = BatchReader(reward=NO_HELP, vocab_size=512).read(ledger, groups(ledger, 3), 0)
+    assert dict(batch.left_out) == {reason: 1}
+    assert sentence in batch.sentences[0]
+    assert len(batch.samples) == 2
+    assert batch.figures["episodes"] == 2
+
+
+def test_groups_of_one_and_equal_rewards_give_no_samples_and_are_counted(ledger) -> None:
+    record(ledger, "a", [([1], [2])], 1.0)
+    for name in "bcd":
+        record(ledger, name, [([1], [2])], 0.5)
+    batch = BatchReader(reward=NO_HELP).read(ledger, groups(ledger, 1, 3), 0)
+    assert batch.groups == [[], []]
+    assert dict(batch.left_out) == {"group_of_one": 1, "equal_rewards": 3}
+    assert "alone in its group" in batch.sentences[0]
+
+
+def test_toggle_takes_the_reward_of_long_answers_in_its_phase(ledger) -> None:
+    for number, length in enumerate((2, 2, 2, 9)):
+        record(ledger, f"e{number}", [([1], list(range(5, 5 + length)))], 1.0)
+    toggle = Toggle(period=1, percentile=50)
+    reader = BatchReader(reward=NO_HELP, toggle=toggle)
+    limited = reader.read(ledger, groups(ledger, 4), 0)
+    assert [s.advantage for s in limited.groups[0]] == [0.25, 0.25, 0.25, -0.75]
+    free = reader.read(ledger, groups(ledger, 4), 1)
+    assert free.groups == [[]]
+    assert toggle.budgets == {"q": 2}
