@@ -302,7 +302,9 @@ def _reduction(step: Callable[[Any, Any, Any], Any]) -> Any:
 
 
 total: Any = _reduction(lambda builder, a, b: builder.fadd(a, b))
-highest: Any = _reduction(lambda builder, a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b))
+highest: Any = _reduction(
+    lambda builder, a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b)
+)
 
 
 @intrinsic
