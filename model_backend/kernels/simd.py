@@ -158,8 +158,8 @@ def _storing(*, is_added: bool) -> Any:
     return store
 
 
-store_rows = intrinsic(_storing(is_added=False))
-add_rows = intrinsic(_storing(is_added=True))
+store_rows: Any = intrinsic(_storing(is_added=False))
+add_rows: Any = intrinsic(_storing(is_added=True))
 
 
 @intrinsic(prefer_literal=True)
@@ -273,11 +273,11 @@ def _binary(operation: Callable[[Any, Any, Any], Any]) -> Any:
     return intrinsic(binary)
 
 
-add = _binary(lambda builder, a, b: builder.fadd(a, b))
-subtract = _binary(lambda builder, a, b: builder.fsub(a, b))
-multiply = _binary(lambda builder, a, b: builder.fmul(a, b))
-divide = _binary(lambda builder, a, b: builder.fdiv(a, b))
-maximum = _binary(lambda builder, a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b))
+add: Any = _binary(lambda builder, a, b: builder.fadd(a, b))
+subtract: Any = _binary(lambda builder, a, b: builder.fsub(a, b))
+multiply: Any = _binary(lambda builder, a, b: builder.fmul(a, b))
+divide: Any = _binary(lambda builder, a, b: builder.fdiv(a, b))
+maximum: Any = _binary(lambda builder, a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b))
 
 
 def _reduction(step: Callable[[Any, Any, Any], Any]) -> Any:
@@ -301,8 +301,10 @@ def _reduction(step: Callable[[Any, Any, Any], Any]) -> Any:
     return intrinsic(reduce)
 
 
-total = _reduction(lambda builder, a, b: builder.fadd(a, b))
-highest = _reduction(lambda builder, a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b))
+total: Any = _reduction(lambda builder, a, b: builder.fadd(a, b))
+highest: Any = _reduction(
+    lambda builder, a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b)
+)
 
 
 @intrinsic
