@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+PATHS = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 ABLATIONS: dict[str, dict[str, str]] = {
     "none": {},
     "no-parallel": {"lambda1": "0"},
@@ -75,7 +76,7 @@ def main() -> None:
             stderr=log,
             text=True,
             timeout=max(limit_s, 1),
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            env=os.environ | {"PYTHONPATH": PATHS},
             check=False,
         )
         summary["seconds"][name] = round(time.perf_counter() - began_s, 1)

@@ -52,7 +52,7 @@ def record(ledger: Ledger, episode_id: str, ids, reward, *, settings=None, statu
             "token_ids": said,
             "logprobs": [-1.0] * len(said),
         }
-        ledger.append(episode_id, StepRecord(**(row | step)))
+        ledger.append(episode_id, **(row | step))
     summary = {"critical_steps": 1, "total_steps": 1, "subagents": 0}
     ledger.end_episode(episode_id, status=status, output="", summary=summary, ended_ns=1)
     if reward is not None:
