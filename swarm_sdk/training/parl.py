@@ -136,6 +136,7 @@ class Parl:
         clock.lap("rollout_s")
         self.team.share(("update", self.iteration, [[e.id for e in group] for group in groups]))
         batch = self.reader.read(self.ledger, groups, self.iteration)  # rewards, advantages, ids
+        routing = self._routing_disagreement(batch)  # while both have the same weights
         updates = [
             self.learner.update(part, version=self.version if number == 0 else None)
             for number, part in enumerate(batch.split(self.config.updates))
@@ -146,7 +147,7 @@ class Parl:
         self.iteration += 1
         if self.iteration % self.config.save_every == 0:
             self._checkpoint()
-        return self._report(groups, batch, updates, clock)
+        return self._report(groups, batch, [*updates, routing], clock)
 
     # -- rollouts --------------------------------------------------------------------------------
 
@@ -260,6 +261,13 @@ class Parl:
         engine = self.policy.engine
         assert isinstance(engine, EmbeddedEngine)
         await engine.update_weights(self.learner.weights(), self.version)
+
+    def _routing_disagreement(self, batch: Batch) -> dict[str, float]:
+        engine = self.policy.engine
+        if self.team.size > 1 or not isinstance(engine, EmbeddedEngine):
+            return {}  # a pass of one process alone would leave the others waiting
+        share = self.learner.routing_disagreement(engine.model, batch)
+        return {} if share is None else {"routing_disagreement": share}
 
     def _open(self, directory: Path, name: str = "policy") -> TokenModel:
         config = self.config

@@ -87,7 +87,7 @@ class ParlConfig:
     # machine
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the engines' weights; the trainer's are float32."""
+    """Of the engines; the trainer computes in it too, over weights in float32."""
     save_every: int = 5
     expert_parallel: int = 0
     """Processes that share the experts under torchrun; 0 is all of them."""
@@ -117,6 +117,7 @@ class ParlConfig:
             warmup_updates=self.warmup_updates,
             max_grad_norm=self.max_grad_norm,
             micro_tokens=self.micro_tokens,
+            autocast=self.dtype == "bfloat16",
         )
 
     def reward(self) -> ParlReward:

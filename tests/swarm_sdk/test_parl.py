@@ -79,6 +79,7 @@ def test_engine_and_trainer_agree_and_every_iteration_says_what_it_did(trained) 
     for row in measured:
         assert row["engine_trainer_mean_abs_dlogprob"] <= 1e-5
         assert row["engine_trainer_max_abs_dlogprob"] <= 1e-3
+        assert row["routing_disagreement"] <= 1e-3
     for row in rows:
         assert {"reward", "r_perf", "width", "critical_steps", "publish_ms", "drift"} <= row.keys()
         assert row["drift"].keys() <= {"none", "retokenised", "cut"}
