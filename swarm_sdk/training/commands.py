@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -33,6 +34,9 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 command(sft.tokenizer)
 command(sft.sft)
 
+SWITCH_S = 5e-4
+"""Two engines' threads and the event loop share the interpreter: with Python's 5 ms each of them
+would wait longer for its turn than a step of an engine takes."""
 Out = Annotated[Path, typer.Option(help="The run's directory.")]
 Set = Annotated[
     list[str] | None,
@@ -77,10 +81,14 @@ def parl(
     seed: int = 0,
     setting: Set = None,
 ) -> None:
-    """Train the orchestrator on episodes of its own; a run that was killed goes on."""
+    """Train the orchestrator on episodes of its own; a run that was killed goes on.
+
+    Under torchrun the updates are shared by all processes.
+    """
     import anyio
 
-    from swarm_sdk.training.parl import Parl
+    from swarm_sdk.traces.parl.distributed import Team
+    from swarm_sdk.training.parl import Parl, follow
 
     given: dict[str, Any] = {
         "start": start,
@@ -95,11 +103,18 @@ def parl(
         given["subagents"] = tuple(_curriculum(one) for one in subagents)
     config = _config(setting or [], **given)
 
+    team = Team.join(device, expert_parallel=config.expert_parallel or None)
+    sys.setswitchinterval(SWITCH_S)
+
     async def run() -> None:
-        async with Parl.open(config, out) as training:
+        async with Parl.open(config, out, team) as training:
             await training.train()
 
-    anyio.run(run)
+    if team.is_leader:
+        anyio.run(run)
+    else:
+        follow(config, out, team)
+    team.leave()
 
 
 @command

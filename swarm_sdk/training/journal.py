@@ -84,15 +84,17 @@ class Journal:
         for old in sorted(folder.glob("[0-9]*"))[:-KEPT_CHECKPOINTS]:
             shutil.rmtree(old)
 
-    def load(self, done: int, tensors: dict[str, Any]) -> dict[str, Any]:
+    def load(self, done: int, tensors: dict[str, Any], team: Team = ALONE) -> dict[str, Any]:
         """Load a checkpoint into ``tensors``; returns its state. Later metrics are dropped."""
         folder = self.run / CHECKPOINTS / f"{done:06d}"
         _without_warnings(state_dict_loader.load, tensors, folder)
+        state: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        if not team.is_leader:
+            return state
         rows = [row for row in read_rows(self.run / METRICS) if row["iteration"] < done]
         partial = self.run / f"{METRICS}.partial"
         partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         partial.replace(self.run / METRICS)
-        state: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
         return state
 
     def close(self) -> None:

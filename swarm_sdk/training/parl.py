@@ -6,7 +6,8 @@
         └───────────────────────── the policy's engine, version + 1 <─────────────────────────┘
 
 ``Parl.step`` is one turn of that wheel, in the order in which it is drawn. What trains is read from
-the ledger by ``BatchReader``, live as in a replay, so both give the same gradient.
+the ledger by ``BatchReader``, live as in a replay, so both give the same gradient. Under torchrun
+the first process does all this, and tells the others (``follow``) which episodes to update on.
 """
 
 from __future__ import annotations
@@ -24,7 +25,16 @@ import anyio.to_thread
 import torch
 from anyio.abc import TaskGroup
 
-from swarm_sdk.atlas.environments import DeepSearch, Difficulty, DrawnEnvironment, WideSearch
+from swarm_sdk.atlas.environments import (
+    AtlasEnvironment,
+    BulkDownload,
+    DeepSearch,
+    Difficulty,
+    Documents,
+    DrawnEnvironment,
+    LongDocuments,
+    WideSearch,
+)
 from swarm_sdk.config import nano_directory
 from swarm_sdk.errors import ConfigError, LedgerError, NotTrainable
 from swarm_sdk.model_backend.chat.dialogue import TokenModel
@@ -39,6 +49,7 @@ from swarm_sdk.swarm import Swarm
 from swarm_sdk.traces.drift import count_drift
 from swarm_sdk.traces.ledger import EpisodeRecord, Ledger
 from swarm_sdk.traces.parl.batch import Batch, BatchReader
+from swarm_sdk.traces.parl.distributed import ALONE, Team
 from swarm_sdk.traces.parl.learner import Learner, mean_figures
 from swarm_sdk.traces.parl.toggle import Toggle
 from swarm_sdk.training.journal import Journal
@@ -53,14 +64,16 @@ BALANCE_S = 0.2
 class Parl:
     """One training run; ``async with Parl.open(config, run) as parl: await parl.train()``."""
 
-    def __init__(self, config: ParlConfig, run: Path) -> None:
+    def __init__(self, config: ParlConfig, run: Path, team: Team = ALONE) -> None:
+        """Load the policy for its engine and, sharded over the ``team``, for its updates."""
         self.config: ParlConfig = config
         self.journal: Journal = Journal(run)
         self.ledger: Ledger = Ledger(run / "runs")
         start = checkpoint_directory(config.start)
         self.learner: Learner = Learner(
-            load(start, dtype=torch.float32, device=config.device), config.learner()
+            load(start, dtype=torch.float32, device=config.device), config.learner(), team
         )
+        self.team: Team = team
         self.policy: TokenModel = self._open(start)
         self.frozen: TokenModel | None = None
         self.reader: BatchReader = batch_reader(config, self.policy)
@@ -80,21 +93,21 @@ class Parl:
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, config: ParlConfig, run: Path) -> AsyncIterator[Parl]:
+    async def open(cls, config: ParlConfig, run: Path, team: Team = ALONE) -> AsyncIterator[Parl]:
         """A run in the directory ``run``: a new one, or the one there from its last checkpoint.
 
         Raises:
             ConfigError: a checkpoint or the device is missing, or the run there has other settings.
         """
-        if config.device.startswith("cuda") and not torch.cuda.is_available():
-            raise ConfigError("there is no CUDA device; use --device cpu")
+        check_machine(config)
         make_environment(config)
-        parl = cls(config, run)
+        parl = cls(config, run, team)
         try:
             async with anyio.create_task_group() as tasks:
                 parl._tasks = tasks
                 await parl._resume()
                 yield parl
+                team.share(("end",))
                 tasks.cancel_scope.cancel()
         except BaseExceptionGroup as failures:
             raise first_of(failures) from failures
@@ -111,7 +124,9 @@ class Parl:
             figures = await self.step()
             say(self.iteration, self.config.steps, figures)
         self._checkpoint()
-        save(self.learner.model, self.journal.run / "model", dtype=torch.bfloat16)
+        engine = self.policy.engine
+        assert isinstance(engine, EmbeddedEngine)  # it holds the learner's weights, whole
+        save(engine.model, self.journal.run / "model", dtype=torch.bfloat16)
         self.policy.chat_format.tokenizer.save(self.journal.run / "model")
 
     async def step(self) -> dict[str, Any]:
@@ -119,7 +134,9 @@ class Parl:
         clock = Clock()
         groups = await self.roll_out()  # K episodes of each question, by the policy as it is
         clock.lap("rollout_s")
+        self.team.share(("update", self.iteration, [[e.id for e in group] for group in groups]))
         batch = self.reader.read(self.ledger, groups, self.iteration)  # rewards, advantages, ids
+        routing = self._routing_disagreement(batch)  # while both have the same weights
         updates = [
             self.learner.update(part, version=self.version if number == 0 else None)
             for number, part in enumerate(batch.split(self.config.updates))
@@ -130,7 +147,7 @@ class Parl:
         self.iteration += 1
         if self.iteration % self.config.save_every == 0:
             self._checkpoint()
-        return self._report(groups, batch, updates, clock)
+        return self._report(groups, batch, [*updates, routing], clock)
 
     # -- rollouts --------------------------------------------------------------------------------
 
@@ -143,9 +160,7 @@ class Parl:
         else:
             chosen = recorded["groups"]
             self._next_question = max(self._next_question, recorded.get("next_question", 0))
-        ids = [episode_id for group in chosen for episode_id in group]
-        by_id = {record.id: record for record in self.ledger.episodes(ids)}
-        return [[by_id[episode_id] for episode_id in group] for group in chosen]
+        return records_of(self.ledger, chosen)
 
     async def _collect(self) -> list[list[str]]:
         """Start what is missing, wait for enough complete groups, take them."""
@@ -242,9 +257,17 @@ class Parl:
     async def publish(self) -> None:
         """Copy the policy's weights into its engine; the version goes up by one."""
         self.version += 1
+        self.team.share(("weights",))
         engine = self.policy.engine
         assert isinstance(engine, EmbeddedEngine)
         await engine.update_weights(self.learner.weights(), self.version)
+
+    def _routing_disagreement(self, batch: Batch) -> dict[str, float]:
+        engine = self.policy.engine
+        if self.team.size > 1 or not isinstance(engine, EmbeddedEngine):
+            return {}  # a pass of one process alone would leave the others waiting
+        share = self.learner.routing_disagreement(engine.model, batch)
+        return {} if share is None else {"routing_disagreement": share}
 
     def _open(self, directory: Path, name: str = "policy") -> TokenModel:
         config = self.config
@@ -266,7 +289,8 @@ class Parl:
         if done is None:
             self.config.save(journal.run)
             return
-        state = journal.load(done, self.learner.state_dict())
+        self.team.share(("load", done))
+        state = journal.load(done, self.learner.state_dict(), self.team)
         self.iteration = done
         self.version = state["version"]
         self._next_question = state["next_question"]
@@ -287,7 +311,8 @@ class Parl:
             "num_updates": self.learner.num_updates,
             "toggle": {} if toggle is None else toggle.state_dict(),
         }
-        self.journal.save(self.iteration, self.learner.state_dict(), state)
+        self.team.share(("save", self.iteration))
+        self.journal.save(self.iteration, self.learner.state_dict(), state, self.team)
 
     def _report(
         self,
@@ -338,6 +363,55 @@ class Parl:
         self.journal.close()
 
 
+def follow(config: ParlConfig, run: Path, team: Team) -> None:
+    """What the other processes of a team do: what the first one tells, until it ends.
+
+    Raises:
+        ConfigError: as ``Parl.open``.
+    """
+    check_machine(config)
+    start = checkpoint_directory(config.start)
+    model = load(start, dtype=torch.float32, device=config.device)
+    learner, journal = Learner(model, config.learner(), team), Journal(run)
+    reader = batch_reader(config, open_embedded(start))
+    ledger: Ledger | None = None
+    while True:
+        match team.share(None):
+            case ("update", iteration, groups):
+                ledger = ledger or Ledger(run / "runs", readonly=True)
+                batch = reader.read(ledger, records_of(ledger, groups), iteration)
+                for part in batch.split(config.updates):
+                    learner.update(part)
+            case ("weights",):
+                learner.weights()
+            case ("save", done):
+                journal.save(done, learner.state_dict(), {}, team)
+            case ("load", done):
+                state = journal.load(done, learner.state_dict(), team)
+                learner.num_updates = state["num_updates"]
+                if reader.toggle is not None:
+                    reader.toggle.load_state_dict(state["toggle"])
+            case _:
+                return
+
+
+def records_of(ledger: Ledger, groups: Sequence[Sequence[str]]) -> list[list[EpisodeRecord]]:
+    """The episodes of groups of ids."""
+    ids = [episode_id for group in groups for episode_id in group]
+    by_id = {record.id: record for record in ledger.episodes(ids)}
+    return [[by_id[episode_id] for episode_id in group] for group in groups]
+
+
+def check_machine(config: ParlConfig) -> None:
+    """Whether the device is there.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if config.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError("there is no CUDA device; use --device cpu")
+
+
 class Clock:
     """Seconds of the parts of an iteration."""
 
@@ -371,7 +445,15 @@ def make_environment(config: ParlConfig) -> DrawnEnvironment:
         ConfigError: there is none that draws tasks by number.
     """
     difficulty = Difficulty(min_entities=config.min_entities, max_entities=config.max_entities)
-    for kind in (WideSearch, DeepSearch):
+    if config.documents:
+        return Documents(Path(config.documents), config.seed, difficulty)
+    kinds: tuple[type[AtlasEnvironment | BulkDownload], ...] = (
+        WideSearch,
+        DeepSearch,
+        LongDocuments,
+        BulkDownload,
+    )
+    for kind in kinds:
         if config.environment == kind.name:
             return kind(config.seed, difficulty)
     raise ConfigError(f"there is no environment '{config.environment}' to draw questions from")
@@ -453,8 +535,7 @@ def replay(config: ParlConfig, source: Path, run: Path) -> list[dict[str, Any]]:
     if not batches:
         raise LedgerError(f"'{source}' holds no episodes of an environment to train on")
     for iteration, groups in enumerate(batches[: config.steps]):
-        records = {r.id: r for r in ledger.episodes([e for group in groups for e in group])}
-        batch = reader.read(ledger, [[records[e] for e in g] for g in groups], iteration)
+        batch = reader.read(ledger, records_of(ledger, groups), iteration)
         updates = [learner.update(part) for part in batch.split(config.updates)]
         figures = {**batch.figures, **mean_figures(updates), "left_out": dict(batch.left_out)}
         journal.write_metrics(iteration, figures)

@@ -27,6 +27,9 @@ class ParlConfig:
     subagents: tuple[tuple[int, str], ...] = ((0, "nano"),)
     """(first iteration, checkpoint): the frozen sub-agents; small ones first, then larger."""
     environment: str = "atlas-wide"
+    """``atlas-wide``, ``atlas-deep``, ``atlas-long`` or ``bulk-download``."""
+    documents: str = ""
+    """A folder of your own documents to ask questions of, instead of the environment."""
     min_entities: int = 2
     max_entities: int = 8
     seed: int = 0
@@ -84,8 +87,10 @@ class ParlConfig:
     # machine
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the engines' weights; the trainer's are float32."""
+    """Of the engines; the trainer computes in it too, over weights in float32."""
     save_every: int = 5
+    expert_parallel: int = 0
+    """Processes that share the experts under torchrun; 0 is all of them."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "questions", "updates", "max_episodes", "save_every", "max_tokens"):
@@ -112,6 +117,7 @@ class ParlConfig:
             warmup_updates=self.warmup_updates,
             max_grad_norm=self.max_grad_norm,
             micro_tokens=self.micro_tokens,
+            autocast=self.dtype == "bfloat16",
         )
 
     def reward(self) -> ParlReward:

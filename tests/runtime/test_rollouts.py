@@ -268,3 +268,36 @@ def test_bounds_below_one_are_refused(tmp_path: Path) -> None:
                     pass
 
     anyio.run(run)
+
+
+def test_what_a_rollout_is_worth_is_on_record_and_episodes_have_seeds_of_their_own(
+    tmp_path: Path,
+) -> None:
+    async def main() -> None:
+        async with Swarm(adder(), runs=tmp_path, seed=3) as swarm:
+            async for _ in swarm.rollouts().run(Sums(2), samples_per_task=2):
+                pass
+
+    anyio.run(main)
+    records = Ledger(tmp_path, readonly=True).episodes()
+    assert all(r.summary["rewards"] == {"reward": 1.0, "length": 1.0} for r in records)
+    assert len({record.settings["seed"] for record in records}) == 4
+    assert {r.settings["sampling"]["top_p"] for r in records} == {0.95}
+    assert [r.id for r in Ledger(tmp_path).episodes([records[1].id, "none"])] == [records[1].id]
+
+
+def test_created_sub_agents_run_on_a_model_of_their_own_where_one_is_given(tmp_path: Path) -> None:
+    def main_policy(messages: Sequence[Message], tools: Sequence[ToolSpec]) -> Message | str:
+        if any(message.role == "tool" for message in messages):
+            return messages[-1].content
+        return calls(
+            call("create_subagent", name="a", system_prompt="You help."),
+            call("assign_task", agent="a", prompt="help"),
+        )
+
+    frozen = ScriptedModel(lambda messages, tools: "from the frozen one", name="frozen")
+    swarm = Swarm(ScriptedModel(main_policy, name="policy"), subagent_model=frozen, runs=tmp_path)
+    result = swarm.run_sync("go")
+    assert result.output == "from the frozen one"
+    agents = Ledger(tmp_path, readonly=True).agents(result.episode_id)
+    assert {agent.path: agent.model for agent in agents} == {"main": "policy", "main/a.0": "frozen"}

@@ -23,10 +23,10 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.nn.functional import all_to_all_single
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from swarm_sdk.errors import ConfigError
@@ -176,9 +176,9 @@ class ParallelExperts(nn.Module):
         ids_R = torch.empty(sum(got), dtype=sorted_C.dtype, device=x_TD.device)
         dist.all_to_all_single(ids_R, sorted_C, got, sent, group=group)
         x_CD = x_TD.index_select(0, order_C // num_chosen).contiguous()
-        x_RD = all_to_all_single(x_CD.new_empty(sum(got), x_TD.shape[1]), x_CD, got, sent, group)
+        x_RD = _exchanged(x_CD, got, sent, group)
         y_RD = self._run(x_RD, ids_R - self.mesh.get_local_rank() * self.num_local)
-        y_CD = all_to_all_single(torch.empty_like(x_CD), y_RD.contiguous(), sent, got, group)
+        y_CD = _exchanged(y_RD.contiguous(), sent, got, group)
         y_CD = y_CD * weights_TK.flatten().index_select(0, order_C)[:, None].to(y_CD.dtype)
         y_TD = torch.zeros(num_tokens, x_TD.shape[1], dtype=y_CD.dtype, device=x_TD.device)
         return y_TD.index_add(0, order_C // num_chosen, y_CD)
@@ -189,6 +189,13 @@ class ParallelExperts(nn.Module):
             return x_RD + 0.0 * (gate_up.sum() + down.sum())
         ones_R1 = torch.ones(len(x_RD), 1, device=x_RD.device)
         return run_experts(x_RD, local_ids_R[:, None], ones_R1, gate_up, down).to(x_RD.dtype)
+
+
+def _exchanged(x: Tensor, got: list[int], sent: list[int], group: dist.ProcessGroup) -> Tensor:
+    """All-to-all of rows, differentiable."""
+    rows = funcol.all_to_all_single_autograd(x, got, sent, group)
+    waited: Tensor = funcol.wait_tensor(rows)  # type: ignore[no-untyped-call]
+    return waited
 
 
 def _by_expert(weight: Tensor, mesh: DeviceMesh) -> nn.Parameter:

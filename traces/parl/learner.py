@@ -31,6 +31,7 @@ from swarm_sdk.traces.parl.distributed import ALONE, Team, shard
 from swarm_sdk.traces.parl.loss import LossConfig, policy_loss
 from swarm_sdk.traces.parl.muonclip import MuonClip, MuonClipConfig, clip_grad_norm, qk_clip
 
+ROUTING_TOKENS = 2_048
 LOGIT_ROWS = 4_096
 """Rows of logits made at a time; with more, they are made again in the backward pass."""
 
@@ -46,6 +47,8 @@ class LearnerConfig:
     max_grad_norm: float = 1.0
     micro_tokens: int = 16_384
     """Packed tokens of one forward pass."""
+    autocast: bool = False
+    """Compute in bfloat16 over the float32 weights, as an engine in bfloat16 does."""
 
 
 @dataclass(slots=True)
@@ -159,7 +162,7 @@ class Learner:
         packed_batches += [empty_batch()] * (num_passes - len(packed_batches))
         for packed in packed_batches:
             micro = packed.to(device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.config.autocast):
                 logprobs_X = self.logprobs(micro, max_logits_YH=max_logits_YH)
             parts = policy_loss(
                 logprobs_X,
@@ -189,6 +192,31 @@ class Learner:
             figures["engine_trainer_mean_abs_dlogprob"] = agreement.sum_abs / agreement.num_tokens
             figures["engine_trainer_max_abs_dlogprob"] = agreement.max_abs
         return figures, max_logits_YH
+
+    @torch.no_grad()
+    def routing_disagreement(self, served: KimiModel, batch: Batch) -> float | None:
+        """Share of (token, mixture layer) for which the engine's network chooses other experts.
+
+        ``served`` is the network that sampled, in its own dtype, with the weights that this learner
+        still has; measured on one pass of about ``ROUTING_TOKENS`` tokens. ``None`` without any.
+        """
+        groups = [group[:1] for group in batch.groups if group]
+        if not groups:
+            return None
+        micro = micro_batches(Batch(groups=groups), ROUTING_TOKENS)[0].to(self.device)
+        ours: list[Tensor] = []
+        theirs: list[Tensor] = []
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.autocast):
+            self.logprobs(micro, chosen_experts=ours)
+        attention = FullAttention(
+            served.config.text_config, micro.seq_lens, prefix_of=micro.prefix_of
+        )
+        served(micro.ids_T, micro.positions_T, attention, self._media(micro), theirs)
+        differs = [
+            (one.sort(-1).values != other.sort(-1).values).any(-1).float().mean()
+            for one, other in zip(ours, theirs, strict=True)
+        ]
+        return float(torch.stack(differs).mean()) if differs else None
 
     def update(
         self,

@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 
 import anyio
+import anyio.lowlevel
 import pytest
 import torch
 
@@ -467,3 +468,23 @@ def test_a_sampled_placeholder_counts_as_the_model_counts_it(reference, num_othe
     others = [[1, 2, 3, 4 + index] for index in range(num_others)]
     _, (result, *_) = check_greedy(reference, model, [prompt, *others])
     assert result.token_ids[0] == first
+
+
+def test_places_can_be_shared_out_anew_while_requests_wait(reference, model):
+    draw = random.Random(17)
+    prompts = [reference.random_ids(draw, 9) for _ in range(6)]
+
+    async def main():
+        engine = EmbeddedEngine(model, max_running=1)
+        running = [asyncio.ensure_future(engine.generate(p, GREEDY)) for p in prompts]
+        await anyio.lowlevel.checkpoint()
+        engine.max_running = 6
+        results = [await one for one in running]
+        assert engine.num_requests == 0
+        with pytest.raises(ConfigError, match="max_running"):
+            engine.max_running = 0
+        await engine.aclose()
+        return results
+
+    for prompt, result in zip(prompts, anyio.run(main), strict=True):
+        assert reference.is_greedy(model, prompt, result.token_ids)

@@ -164,6 +164,19 @@ def test_tokens_of_the_trainers_own_version_are_compared_with_the_record(ledger)
     )
 
 
+def test_routing_disagreement_is_the_share_of_tokens_with_other_experts(ledger) -> None:
+    batch, learner = batch_of(ledger), Learner(model_of(0), LearnerConfig())
+    same, other = model_of(0), model_of(0)
+    assert learner.routing_disagreement(same, batch) == 0.0
+    with torch.no_grad():  # the last mixture alone is forced to other experts
+        gate = other.layers[-1].mlp.gate
+        gate.e_score_correction_bias[: gate.num_chosen] += 9.0
+        learner.model.layers[-1].mlp.gate.e_score_correction_bias[-gate.num_chosen :] += 9.0
+    num_mixtures = sum(hasattr(layer.mlp, "gate") for layer in other.layers)
+    assert learner.routing_disagreement(other, batch) == pytest.approx(1 / num_mixtures)
+    assert learner.routing_disagreement(same, Batch(groups=[[]])) is None
+
+
 def test_parts_of_a_batch_hold_each_question_once(ledger) -> None:
     batch = batch_of(ledger)
     batch.groups.append([])
