@@ -124,8 +124,7 @@ def ask(
 
 def open_model(options: argparse.Namespace, path: str) -> Any:
     directory = nano_directory() if path == "nano" else Path(path)
-    dtype = torch.bfloat16 if options.device.startswith("cuda") else torch.float32
-    return open_embedded(directory, device=options.device, dtype=dtype, max_running=128, name=path)
+    return open_embedded(directory, device=options.device, max_running=128, name=path)
 
 
 def num_entities(mark: Mark) -> int:
