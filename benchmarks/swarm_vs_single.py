@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import anyio
-import torch
 from report import report  # benchmarks/report.py
 
 from swarm_sdk.atlas.exam import Mark, run_exam
