@@ -46,10 +46,6 @@ CPU_CACHE_BYTES = 512 * 2**20
 CUDA_CACHE_SHARE = 0.4
 """Of the memory that is free on the device when the engine is made."""
 
-_TURN = threading.Lock()
-"""Engines of one process take turns: they share a device, and two threads that both issue hundreds
-of operations a step wait for Python's lock at each of them."""
-
 
 class EmbeddedEngine:
     """Continuous batching over a paged cache; implements ``swarm_sdk.types.Engine``."""
@@ -205,8 +201,7 @@ class EmbeddedEngine:
         while self._receive():
             chunks = scheduler.schedule()
             try:
-                with _TURN:
-                    sampled = runner.run(chunks)
+                sampled = runner.run(chunks)
             except Exception as error:  # noqa: BLE001 - the boundary: requests fail, the engine lives
                 self._fail(chunks, error)
                 continue

@@ -97,8 +97,6 @@ def parl(
         "max_seconds": max_seconds,
         "seed": seed,
     }
-    if device.startswith("cuda"):
-        given["dtype"] = "bfloat16"
     if subagents:
         given["subagents"] = tuple(_curriculum(one) for one in subagents)
     config = _config(setting or [], **given)
