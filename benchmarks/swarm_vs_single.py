@@ -56,10 +56,10 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--parallel", type=int, default=8, help="episodes at a time")
     parser.add_argument("--only-swarm", action="store_true", help="leave the single agent out")
-    parser.add_argument("--quick", action="store_true", help="6 questions")
+    parser.add_argument("--quick", action="store_true", help="3 questions")
     parser.add_argument("--json", action="store_true", dest="as_json")
     options = parser.parse_args()
-    questions = heldout(6 if options.quick else options.n, options.seed)
+    questions = heldout(3 if options.quick else options.n, options.seed)
     results: dict[str, Any] = {}
     if options.before:
         before = ask(options, options.before, questions, can_spawn=True)

@@ -46,10 +46,13 @@ def count_drift(
     renderer: Renderer,
     decode: Callable[[Sequence[int]], str],
     agent_path: str = "main",
+    *,
+    max_turns: int | None = None,
 ) -> Counter[str]:
     """How many turns of an agent drift, by cause; the turns without are ``none``.
 
-    ``decode`` gives the text of ids, special ones spelt out.
+    ``decode`` gives the text of ids, special ones spelt out. ``max_turns`` looks at the first ones
+    only: a foreign tokenizer shows in the first.
     """
     counts: Counter[str] = Counter()
     results: dict[str, dict[str, Any]] = {}
@@ -58,6 +61,8 @@ def count_drift(
             told = {"content": step.body["content"], "images": step.body["images"]}
             results[step.body["call_id"]] = told
         elif step.token_ids:
+            if counts.total() == max_turns:
+                break
             counts[_of_turn(ledger, step, results, renderer, decode)] += 1
     return counts
 

@@ -330,7 +330,7 @@ class Documents(WideSearch):
                 "questions of your own through an Environment"
             )
         largest = min(self.difficulty.max_entities, len(kept))
-        self.difficulty = replace(self.difficulty, max_entities=largest)
+        self.difficulty: Difficulty = replace(self.difficulty, max_entities=largest)
         self._world = World(tuple(kept), frozenset(), frozenset(), {"document": "documents"})
 
     def draw(self, index: int) -> EnvTask:

@@ -2,4 +2,5 @@
 
 from swarm_sdk.training import app
 
-app()
+if __name__ == "__main__":
+    app()

@@ -464,7 +464,9 @@ def batch_reader(config: ParlConfig, policy: TokenModel) -> BatchReader:
     chat_format = policy.chat_format
 
     def check(ledger: Ledger, record: EpisodeRecord) -> None:
-        drift = count_drift(ledger, record.id, chat_format, chat_format.tokenizer.decode)
+        drift = count_drift(
+            ledger, record.id, chat_format, chat_format.tokenizer.decode, max_turns=1
+        )
         if drift["tokenizer"]:
             raise NotTrainable(
                 "foreign_tokens",

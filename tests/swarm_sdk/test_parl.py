@@ -18,10 +18,13 @@ from typer.testing import CliRunner
 from swarm_sdk.cli import app
 from swarm_sdk.config import nano_directory
 from swarm_sdk.errors import ConfigError, LedgerError
+from swarm_sdk.model_backend.chat.template import ChatFormat
+from swarm_sdk.model_backend.embedded import open_embedded
 from swarm_sdk.model_backend.weights.checkpoint import load
+from swarm_sdk.traces.ledger import Ledger
 from swarm_sdk.traces.trajectory import branches
 from swarm_sdk.training.journal import Journal, read_rows
-from swarm_sdk.training.parl import Parl, replay
+from swarm_sdk.training.parl import Parl, batch_reader, replay
 from swarm_sdk.training.settings import ParlConfig
 
 SMALL = ParlConfig(
@@ -125,6 +128,20 @@ def test_a_replay_gives_the_losses_and_the_weights_of_the_live_run_bit_for_bit(
         assert [row.get(key) for row in told] == [row.get(key) for row in live]
     one, other = (load_file(p / "model" / "model.safetensors") for p in (run, tmp_path / "again"))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.timeout(400)
+def test_episodes_of_another_chat_format_are_told_and_counted(trained) -> None:
+    run, _ = trained
+    policy = open_embedded(nano_directory())
+    foreign = ChatFormat(policy.chat_format.tokenizer, thinking=False)
+    reader = batch_reader(SMALL, replace(policy, chat_format=foreign))
+    ledger = Ledger(run / "runs", readonly=True)
+    groups = [ledger.episodes(group) for group in Journal(run).batches[0]["groups"]]
+    batch = reader.read(ledger, groups, 0)
+    assert batch.samples == []
+    assert dict(batch.left_out) == {"foreign_tokens": sum(map(len, groups))}
+    assert "another tokenizer or chat format" in batch.sentences[0]
 
 
 @pytest.mark.timeout(400)

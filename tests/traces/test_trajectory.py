@@ -206,6 +206,9 @@ def test_drift_is_none_where_the_text_gives_the_ids_and_else_told_by_cause(tmp_p
     ledger = Ledger(tmp_path)
     assert count_drift(ledger, episode_id, FORMAT, TOKENIZER.decode) == {"none": 2}
 
+    first = count_drift(ledger, episode_id, FORMAT, TOKENIZER.decode, max_turns=1)
+    assert first == {"none": 1}
+
     class Edited(Ledger):
         def steps(self, episode_id, agent_path=None):
             yield from (edit(step) for step in Ledger.steps(self, episode_id, agent_path))

@@ -98,5 +98,5 @@ def policy_loss(
             loss=loss,
             num_tokens=torch.tensor(float(len(logprobs_X)), device=logprobs_X.device),
             num_masked=is_outside_X.sum().float(),
-            kl=(ratio_X - 1 - log_ratio_X).sum(),
+            kl=(log_ratio_X.expm1() - log_ratio_X).clamp_min(0.0).sum(),  # float32 rounds
         )
