@@ -87,8 +87,8 @@ class ParlConfig:
     # machine
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the engines; the trainer computes in it too, over weights in float32. On an H100 the engine
-    takes 22 ms for a step of 32 sequences of nano in float32 and 227 ms in bfloat16."""
+    """Of the engines; the trainer computes in it too, over weights in float32. On an H100 a step of
+    32 sequences of nano takes 22 ms in float32 and 227 ms in bfloat16."""
     save_every: int = 5
     expert_parallel: int = 0
     """Processes that share the experts under torchrun; 0 is all of them."""

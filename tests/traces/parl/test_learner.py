@@ -10,7 +10,7 @@ import torch
 from swarm_sdk.model_backend.model.config import tiny
 from swarm_sdk.model_backend.model.kimi import KimiModel
 from swarm_sdk.model_backend.model.mla import FullAttention
-from swarm_sdk.traces.ledger import AgentRecord, EpisodeRecord, Ledger, StepRecord
+from swarm_sdk.traces.ledger import AgentRecord, EpisodeRecord, Ledger
 from swarm_sdk.traces.parl.batch import Batch, BatchReader, Sample, micro_batches
 from swarm_sdk.traces.parl.learner import Learner, LearnerConfig
 from swarm_sdk.traces.parl.loss import LossConfig
