@@ -263,7 +263,9 @@ def test_the_event_loop_stays_free_while_the_engine_works(reference, model):
                     num_ticks += 1
 
             group.start_soon(tick)
-            await engine.generate([1, 2, 3], Sampling(temperature=0.0, max_tokens=50))
+            while engine.num_computed_prompt_tokens < 60:  # prompts of 3 tokens, 20 times
+                prompt = [engine.num_computed_prompt_tokens + i for i in range(3)]
+                await engine.generate(prompt, Sampling(temperature=0.0, max_tokens=50))
             group.cancel_scope.cancel()
         await engine.aclose()
         return num_ticks
