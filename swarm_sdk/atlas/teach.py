@@ -37,6 +37,7 @@ from swarm_sdk.swarm import Swarm
 from swarm_sdk.testing import ScriptedModel
 from swarm_sdk.tools.corpus import Corpus, Page
 from swarm_sdk.tools.ipython import IPythonTool
+from swarm_sdk.tools.sandbox.levels import SandboxSettings
 from swarm_sdk.tools.sandbox.pool import KernelPool
 from swarm_sdk.tools.search import OpenTool, SearchTool
 from swarm_sdk.traces.ledger import Ledger
@@ -175,7 +176,7 @@ def _scratch() -> Iterator[Path]:
 async def teacher(chat_format: ChatFormat | None, seed: int, mix: Mix) -> AsyncIterator[Teacher]:
     """A teacher with a kernel and a scratch directory of its own."""
     with _scratch() as directory:
-        async with KernelPool(1, reuse=True) as kernels:
+        async with KernelPool(2, settings=SandboxSettings(isolation="best")) as kernels:
             yield Teacher(chat_format, kernels, directory, seed, mix)
 
 
