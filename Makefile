@@ -41,7 +41,7 @@ check: $(VENV)/.dev ## Lint, types and layers
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.dev ## Run the quick form of every benchmark
-	@for name in parity engine atlas_eval orchestration scale budgets crash faults; do \
+	@for name in parity engine atlas_eval orchestration scale budgets crash faults sandbox; do \
 		$(BIN)/python benchmarks/$$name.py --json --quick || exit 1; done
 
 wheel: $(VENV)/.dev ## Build the wheel and the source archive into dist/

@@ -40,21 +40,17 @@ class Cgroup:
 
     def oom_kills(self) -> int:
         """Processes killed because the memory was used up."""
-        for folder in self._folders:
-            for name in ("memory.events", "memory.oom_control"):
-                found = re.search(r"^oom_kill (\d+)", _read(folder / name), re.MULTILINE)
-                if found:
-                    return int(found[1])
-        return 0
+        text = self._memory("memory.events", "memory.oom_control")
+        found = re.search(r"^oom_kill (\d+)", text, re.MULTILINE)
+        return int(found[1]) if found else 0
 
     def memory_bytes(self) -> int:
         """Memory in use, files in its tmpfs included."""
-        for folder in self._folders:
-            for name in ("memory.current", "memory.usage_in_bytes"):
-                found = _read(folder / name)
-                if found:
-                    return int(found)
-        return 0
+        return int(self._memory("memory.current", "memory.usage_in_bytes") or 0)
+
+    def _memory(self, *names: str) -> str:
+        """The first file of these that there is; the memory's folder is the first."""
+        return next(filter(None, (_read(self._folders[0] / name) for name in names)), "")
 
     def remove(self) -> None:
         """Delete the group; its processes are gone, or about to be."""

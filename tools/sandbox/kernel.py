@@ -1,7 +1,7 @@
 """One agent's IPython session: a forked, isolated kernel and the story of its cells.
 
-    run(code):  the last cell's probe answered? ─ no ──> "hang": killed, a new one for this cell
-                execute ──> messages until idle and reply ──> CellResult
+    run(code):  execute ─ does not begin ──> killed; a new process runs it
+                   └──> messages until idle and reply ──> CellResult
                    │ time limit, or too much output
                    ├─> interrupt, twice ──> idle within the grace time: variables kept
                    └─> no answer ──> SIGKILL: variables lost, files kept
@@ -14,6 +14,7 @@ Invariant: once ``aclose`` or a cancelled ``run`` is over, no process of the san
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import secrets
@@ -48,17 +49,22 @@ IDLE_S = 3.0
 MAX_JOURNAL = 10_000
 _End = Literal["over", "late", "flood", "dead", "hang", "quit"]
 _LOST = "the Python process was restarted: variables are lost, files are kept"
+_DEAF = (
+    "the Python process no longer answered and was restarted: variables are lost, files are kept"
+)
 
 
 class _Cell:
     """What has been heard of one request."""
 
-    def __init__(self, request: str, output: CellOutput) -> None:
+    def __init__(self, request: str, output: CellOutput, num_oom: int) -> None:
         self.request = request
         self.output = output
+        self.num_oom = num_oom
+        """Processes killed for memory before it."""
         self.reply: Mapping[str, Any] | None = None
         self.is_idle = False
-        self.has_begun = anyio.Event()
+        self.has_begun = False
         self.num_bytes = 0
 
     def hear(self, heard: Heard | None) -> None:
@@ -68,7 +74,7 @@ class _Cell:
         self.num_bytes += heard.num_bytes
         if heard.parent != self.request:
             return
-        self.has_begun.set()
+        self.has_begun = True
         if heard.kind == "execute_reply":
             self.reply = self.reply or heard.content
         elif heard.kind == "status":
@@ -123,7 +129,8 @@ class KernelSandbox:
         seed: int | None = None,
     ) -> None:
         check_file_names(files)
-        self._files = files
+        self.files: tuple[Image, ...] = tuple(files)
+        """Files given so far."""
         self.settings: SandboxSettings = settings
         self.seed: int = secrets.randbits(63) if seed is None else seed
         self._max_chars = max_chars
@@ -136,10 +143,8 @@ class KernelSandbox:
         self._wire: Wire | None = None
         self._proxy: Proxy | None = None
         self._inputs: InputFolder | None = None
-        self._probe: str | None = None
         self._is_closed = False
         self._is_interrupted = False
-        self._loss = ""
         self._variables: tuple[str, ...] = ()
         self._journal: list[JournalEntry] = []
 
@@ -184,6 +189,22 @@ class KernelSandbox:
         return tuple(self._journal)
 
     @property
+    def variables(self) -> tuple[str, ...]:
+        """Names in the session after its last cell, at most 64."""
+        return self._variables
+
+    def twin(self) -> KernelSandbox:
+        """A sandbox of the same files, settings and seed, not started."""
+        return KernelSandbox(
+            self.files,
+            settings=self.settings,
+            max_chars=self._max_chars,
+            start_timeout_s=self._start_timeout_s,
+            interrupt_grace_s=self._interrupt_grace_s,
+            seed=self.seed,
+        )
+
+    @property
     def memory_bytes(self) -> int:
         """Memory that the sandbox uses and shares with no other."""
         process = self._process
@@ -198,17 +219,13 @@ class KernelSandbox:
         async with self._lock:
             if self._is_closed:
                 raise SandboxDied("the sandbox is closed; no more code can run in it")
-            await self._check_health()
-            if not self.is_alive:
-                self._loss = self._loss or _LOST
-                await self._end_kernel()
-                await self._start()
             output = CellOutput(
                 code, max_chars=self._max_chars, max_pixels=self.settings.max_pixels
             )
-            if self._loss:
-                output.note(self._loss)
-                self._loss = ""
+            if not self.is_alive:
+                await self._end_kernel()
+                await self._start()
+                output.note(_LOST)
             self._is_interrupted = False
             started = time.perf_counter()
             try:
@@ -238,6 +255,8 @@ class KernelSandbox:
         """
         assert self._inputs is not None
         self._inputs.put(files)
+        names = {file.name for file in files}
+        self.files = (*(file for file in self.files if file.name not in names), *files)
 
     def outputs(
         self,
@@ -276,7 +295,7 @@ class KernelSandbox:
         with anyio.CancelScope(shield=True):
             await self._end_kernel()
             if self._zygote is not None:
-                self._zygote.forget(self._name)
+                await self._zygote.forget(self._name)
             if self._inputs is not None:
                 shutil.rmtree(self._inputs.path, ignore_errors=True)
 
@@ -285,6 +304,33 @@ class KernelSandbox:
     async def _run_cell(
         self, code: str, output: CellOutput, timeout_s: float
     ) -> tuple[CellStatus, tuple[str, ...]]:
+        cell = await self._execute(code, output)
+        first = end = await self._listen(cell, timeout_s)
+        if end == "hang" and not cell.has_begun:
+            # The session was lost before this cell: it has not run, so a new process runs it.
+            await self._end_kernel()
+            await self._start()
+            output.note(_DEAF)
+            cell = await self._execute(code, output)
+            first = end = await self._listen(cell, timeout_s)
+        assert self._process is not None
+        num_oom = cell.num_oom
+        for _ in range(2):
+            if end in ("late", "flood"):
+                self._process.interrupt()
+                cell.num_bytes = 0
+                end = await self._listen(cell, self._interrupt_grace_s / 2)
+        if end == "over" and cell.asks_to_exit:
+            first = end = "quit"
+        if end == "over":
+            self._variables = cell.variables
+            status = self._told_status(cell, first, timeout_s)
+            if self._process.oom_kills() > num_oom:
+                output.note(f"a process of the cell was killed: {self._memory()} were used up")
+            return status, ()
+        return await self._loss_of(cell, first, timeout_s, num_oom)
+
+    async def _execute(self, code: str, output: CellOutput) -> _Cell:
         assert self._process is not None
         assert self._wire is not None
         num_oom = self._process.oom_kills()
@@ -299,23 +345,7 @@ class KernelSandbox:
                 "stop_on_error": False,
             },
         )
-        cell = _Cell(request, output)
-        first = end = await self._listen(cell, timeout_s)
-        for _ in range(2):
-            if end in ("late", "flood"):
-                self._process.interrupt()
-                cell.num_bytes = 0
-                end = await self._listen(cell, self._interrupt_grace_s / 2)
-        if end == "over" and cell.asks_to_exit:
-            first = end = "quit"
-        if end == "over":
-            self._variables = cell.variables
-            self._probe = await self._wire.send("kernel_info_request", {})
-            status = self._told_status(cell, first, timeout_s)
-            if self._process.oom_kills() > num_oom:
-                output.note(f"a process of the cell was killed: {self._memory()} were used up")
-            return status, ()
-        return await self._loss_of(cell, first, timeout_s, num_oom)
+        return _Cell(request, output, num_oom)
 
     def _told_status(self, cell: _Cell, end: _End, timeout_s: float) -> CellStatus:
         """Why a cell ended whose process lives on."""
@@ -364,82 +394,55 @@ class KernelSandbox:
         """Take in messages until the cell's end, or until there is nothing to wait for."""
         assert self._process is not None
         assert self._wire is not None
-        wire, ends = self._wire, list[_End]()
+        wire, pidfd, ends = self._wire, self._process.pidfd, list[_End]()
+        loop = asyncio.get_running_loop()
+        timers: list[asyncio.TimerHandle] = []
 
-        async with anyio.create_task_group() as group:
+        try:
+            async with anyio.create_task_group() as group:
 
-            def stop(end: _End) -> None:
-                ends.append(end)
-                group.cancel_scope.cancel()
+                def stop(end: _End) -> None:
+                    ends.append(end)
+                    group.cancel_scope.cancel()
 
-            async def outputs() -> None:
-                while not cell.is_idle:
-                    cell.hear(await wire.heard_iopub())
-                    if cell.num_bytes > MAX_CELL_BYTES:
-                        stop("flood")
-                        return
-                    await anyio.lowlevel.checkpoint()
-                if cell.reply is not None:
-                    stop("over")
-                    return
-                await anyio.sleep(IDLE_S)
-                stop("hang")
+                def check_begun() -> None:
+                    if not cell.has_begun:
+                        stop("hang")
 
-            async def replies() -> None:
-                while cell.reply is None:
-                    cell.hear(await wire.heard_shell())
-                if cell.is_idle:
-                    stop("over")
-                    return
-                await anyio.sleep(IDLE_S)  # an idle status that was dropped, or never comes
-                stop("over")
-
-            async def death(descriptor: int) -> None:
-                await anyio.wait_readable(descriptor)
-                with anyio.move_on_after(0.05):  # what it said last
-                    while True:
+                async def outputs() -> None:
+                    while not cell.is_idle:
                         cell.hear(await wire.heard_iopub())
-                stop("dead")
+                        if cell.num_bytes > MAX_CELL_BYTES:
+                            stop("flood")
+                            return
+                        await anyio.lowlevel.checkpoint()
+                    if cell.reply is None:
+                        await anyio.sleep(IDLE_S)
+                    stop("over" if cell.reply is not None else "hang")
 
-            async def beginning() -> None:
-                with anyio.move_on_after(BUSY_S):
-                    await cell.has_begun.wait()
-                    return
-                stop("hang")
+                async def replies() -> None:
+                    while cell.reply is None:
+                        cell.hear(await wire.heard_shell())
+                    if not cell.is_idle:
+                        await anyio.sleep(IDLE_S)
+                    # Outputs that do not reach us would make "ok" a lie.
+                    stop("over" if cell.is_idle else "hang")
 
-            async def limit() -> None:
-                await anyio.sleep(timeout_s)
-                stop("late")
+                async def death() -> None:
+                    await anyio.wait_readable(pidfd)
+                    with anyio.move_on_after(0.05):  # what it said last
+                        while True:
+                            cell.hear(await wire.heard_iopub())
+                    stop("dead")
 
-            for task in (outputs, replies, limit):
-                group.start_soon(task)
-            if not cell.has_begun.is_set():
-                group.start_soon(beginning)
-            group.start_soon(death, self._process.pidfd)
+                timers.append(loop.call_later(timeout_s, stop, "late"))
+                timers.append(loop.call_later(BUSY_S, check_begun))
+                for task in (outputs, replies, death):
+                    group.start_soon(task)
+        finally:
+            for timer in timers:
+                timer.cancel()
         return ends[0]
-
-    async def _check_health(self) -> None:
-        """See that the kernel answered after its last cell; end it where it did not."""
-        if self._probe is None or self._wire is None or not self.is_alive:
-            return
-        wire, probe = self._wire, self._probe
-        self._probe = None
-
-        async def answered() -> None:
-            while True:
-                heard = await wire.heard_shell()
-                if heard is not None and heard.parent == probe:
-                    return
-
-        for _ in range(2):
-            with anyio.move_on_after(self._interrupt_grace_s):
-                await answered()
-                return
-            if self._process is not None:
-                self._process.interrupt()
-        self._loss = "after its last cell the Python process no longer answered and was restarted: "
-        self._loss += "variables are lost, files are kept"
-        await self._end_kernel()
 
     # -- the process -------------------------------------------------------------------------------
 
@@ -459,12 +462,12 @@ class KernelSandbox:
                 f"the sandbox did not start within {self._start_timeout_s:g} s; try again"
             ) from error
         if is_new:
-            self.put(self._files)
+            self.put(self.files)
 
     async def _launch(self, zygote: Zygote, inputs: InputFolder) -> None:
         key = secrets.token_hex(16)
         try:
-            self._process = zygote.launch(
+            self._process = await zygote.launch(
                 self._name, key, self.settings, inputs=str(inputs.path), seed=self.seed
             )
             await self._process.wait_ready()
@@ -501,7 +504,7 @@ class KernelSandbox:
             raise SandboxDied(f"the sandbox ended while it started ({process.ending()})")
 
     async def _end_kernel(self) -> None:
-        self._variables, self._probe = (), None
+        self._variables = ()
         wire, self._wire = self._wire, None
         if wire is not None:
             wire.close()

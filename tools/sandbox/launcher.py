@@ -10,6 +10,7 @@ server ends when our end of its standard input closes: with ``close``, at exit, 
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import contextlib
 import json
@@ -25,7 +26,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from swarm_sdk.tools.sandbox.levels import Isolation, SandboxSettings
 FIRST_USER_ID = 0x53570000
 """Kernels of root get users from here on, one each, that no system gives to anybody."""
 START_TIMEOUT_S = 60.0
+ANSWER_TIMEOUT_S = 20.0
 _KEPT_VARIABLES = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "LD_LIBRARY_PATH")
 _MESSAGE_BYTES = 2**18
 _MAX_SOCKET_PATH = 100
@@ -208,6 +210,8 @@ class Zygote:
         self._path = f"{self._folder}/s"
         self._process: subprocess.Popen[bytes] | None = None
         self._cgroups: Cgroups | None = None
+        self._has_namespaces = False
+        self._reason = ""
         self._closed = threading.Event()
         try:
             self.isolation: Isolation = self._start(level, is_bare=is_bare)
@@ -218,8 +222,14 @@ class Zygote:
 
     def _start(self, level: int, *, is_bare: bool) -> Isolation:
         """Start the server; again without namespaces where they do not hold."""
-        self._serve(level, is_bare=is_bare)
-        found = self._probe(level)
+        try:
+            self._serve(level, is_bare=is_bare)
+            found = self._probe(level)
+        except SandboxDied as error:
+            if level < 2:
+                raise
+            found = Isolation(level=0, reason=str(error))
+            self._has_namespaces = True
         if found.level or not self._has_namespaces:
             return found
         self._stop()
@@ -266,8 +276,8 @@ class Zygote:
         if not line:
             raise SandboxDied(f"the fork-server of sandboxes did not start: {self._last_words()}")
         told = json.loads(line)
-        self._has_namespaces: bool = told["has_namespaces"]
-        self._reason: str = told["reason"]
+        self._has_namespaces = told["has_namespaces"]
+        self._reason = told["reason"]
 
     def _last_words(self) -> str:
         self._log.seek(0)
@@ -295,25 +305,32 @@ class Zygote:
         Raises:
             SandboxDied: the server is gone, or refuses.
         """
-        try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
-                connection.settimeout(20)
-                connection.connect(self._path)
-                connection.send(json.dumps(request).encode())
-                data, descriptors, _, _ = socket.recv_fds(connection, _MESSAGE_BYTES, 4)
-        except OSError as error:
-            raise SandboxDied(f"the fork-server of sandboxes is gone: {error}") from error
-        told: dict[str, Any] = json.loads(data) if data else {"error": "it gave no answer"}
-        if "error" in told:
-            raise SandboxDied(f"the sandbox could not start: {told['error']}")
-        return told, list(descriptors)
+        with self._asked(request) as connection:
+            readable, _, _ = select.select([connection], [], [], ANSWER_TIMEOUT_S)
+            return _answer(connection if readable else None)
 
-    def launch(
+    async def ask_async(self, request: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
+        """As ``ask``; other tasks go on meanwhile."""
+        with self._asked(request) as connection:
+            with anyio.move_on_after(ANSWER_TIMEOUT_S):
+                await anyio.wait_readable(connection)
+                return _answer(connection)
+            return _answer(None)
+
+    def _asked(self, request: Mapping[str, Any]) -> socket.socket:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            connection.connect(self._path)
+            connection.send(json.dumps(request).encode())
+        except OSError as error:
+            connection.close()
+            raise SandboxDied(f"the fork-server of sandboxes is gone: {error}") from error
+        return connection
+
+    async def launch(
         self, name: str, key: str, settings: SandboxSettings, *, inputs: str, seed: int
     ) -> KernelProcess:
         """Fork a kernel; its folder is kept over kernels of the same name.
-
-        Takes about 5 ms, in which the caller's thread waits; the kernel is ready later.
 
         Args:
             name: of the sandbox.
@@ -334,12 +351,32 @@ class Zygote:
             )
         info = {"key": key, "signature_scheme": "hmac-sha256"}
         extra = {"info": info, "inputs": inputs, "seed": seed}
-        return self._fork("fork", name, level, settings, extra)
+        cgroup, request = self._request("fork", name, level, settings, extra)
+        asking = asyncio.ensure_future(self.ask_async(request))
+        try:
+            _, descriptors = await asyncio.shield(asking)
+        except BaseException as error:
+            await self._undo(asking, cgroup, name, error)
+            raise
+        return self._process_of(name, descriptors, cgroup)
 
-    def forget(self, name: str) -> None:
+    async def _undo(
+        self, asking: asyncio.Future[Any], cgroup: Cgroup | None, name: str, error: BaseException
+    ) -> None:
+        """End a kernel that nobody waits for any more."""
+        if isinstance(error, asyncio.CancelledError):
+            with anyio.CancelScope(shield=True), contextlib.suppress(SandboxDied):
+                _, descriptors = await asking
+                process = self._process_of(name, descriptors, cgroup)
+                await process.end()
+                process.close()
+        elif cgroup is not None:
+            cgroup.remove()
+
+    async def forget(self, name: str) -> None:
         """Delete the folder of a sandbox whose processes have ended."""
         with contextlib.suppress(SandboxDied):
-            self.ask({"op": "forget", "id": name})
+            await self.ask_async({"op": "forget", "id": name})
 
     def close(self) -> None:
         """End the server and every kernel; closing twice is fine."""
@@ -405,9 +442,9 @@ class Zygote:
         inputs.mkdir(exist_ok=True)
         process = None
         try:
-            process = self._fork(
-                "canary", "canary", level, settings, {**told, "inputs": str(inputs)}
-            )
+            extra = {**told, "inputs": str(inputs)}
+            cgroup, request = self._request("canary", "canary", level, settings, extra)
+            process = self._process_of("canary", self.ask(request)[1], cgroup)
             data = process.first_words(timeout_s=20)
             found = json.loads(data) if data else {"error": f"it ended, {process.ending()}"}
         except (SandboxDied, OSError) as error:
@@ -416,17 +453,18 @@ class Zygote:
             if process is not None:
                 process.end_now()
                 process.close()
-            self.forget("canary")
+            with contextlib.suppress(SandboxDied):
+                self.ask({"op": "forget", "id": "canary"})
         return _judge(level, found, is_root=os.geteuid() == 0)
 
-    def _fork(
+    def _request(
         self,
         op: str,
         name: str,
         level: int,
         settings: SandboxSettings,
         extra: Mapping[str, Any],
-    ) -> KernelProcess:
+    ) -> tuple[Cgroup | None, dict[str, Any]]:
         cgroup = None
         if level == 3:
             assert self._cgroups is not None
@@ -452,12 +490,11 @@ class Zygote:
             "max_output_chars": settings.max_output_chars,
             **extra,
         }
-        try:
-            _, descriptors = self.ask(request)
-        except BaseException:
-            if cgroup is not None:
-                cgroup.remove()
-            raise
+        return cgroup, request
+
+    def _process_of(
+        self, name: str, descriptors: Sequence[int], cgroup: Cgroup | None
+    ) -> KernelProcess:
         pidfd, ready, folder = descriptors
         return KernelProcess(
             self, name, (pidfd, ready, folder), cgroup, has_keeper=not self._has_namespaces
@@ -491,6 +528,19 @@ def _judge(level: int, found: Mapping[str, Any], *, is_root: bool) -> str:
     if found["bomb"] == "unlimited" or (level == 3 and found["bomb"] != "killed"):
         wrong.append(f"memory bomb: {found['bomb']}")
     return f"the canary found what must not be: {', '.join(wrong)}" if wrong else ""
+
+
+def _answer(connection: socket.socket | None) -> tuple[dict[str, Any], list[int]]:
+    try:
+        if connection is None:
+            raise SandboxDied("the fork-server of sandboxes gives no answer")
+        data, descriptors, _, _ = socket.recv_fds(connection, _MESSAGE_BYTES, 4)
+    except OSError as error:
+        raise SandboxDied(f"the fork-server of sandboxes is gone: {error}") from error
+    told: dict[str, Any] = json.loads(data) if data else {"error": "the fork-server ended"}
+    if "error" in told:
+        raise SandboxDied(f"the sandbox could not start: {told['error']}")
+    return told, list(descriptors)
 
 
 def _pid_of(pidfd: int) -> int:

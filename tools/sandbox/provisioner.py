@@ -65,7 +65,9 @@ class ZygoteProvisioner(KernelProvisionerBase):
         inputs = InputFolder(Path(zygote.inputs_folder, self._name))
         key = secrets.token_hex(16)
         seed = secrets.randbits(63)
-        process = zygote.launch(self._name, key, self._settings, inputs=str(inputs.path), seed=seed)
+        process = await zygote.launch(
+            self._name, key, self._settings, inputs=str(inputs.path), seed=seed
+        )
         self.process = process
         await process.wait_ready()
         info: Any = {
@@ -122,4 +124,4 @@ class ZygoteProvisioner(KernelProvisionerBase):
         """Delete the kernel's files, unless another kernel takes its place."""
         if not restart:
             zygote = await ready_zygote()
-            zygote.forget(self._name)
+            await zygote.forget(self._name)

@@ -64,9 +64,9 @@ class Zygote:
         self.base: str = settings["base"]
         self.wanted: int = settings["level"]
         self.is_bare: bool = settings.get("is_bare", False)
-        self.has_namespaces = False
-        self.is_nested = False
-        self.reason = ""
+        self.has_namespaces: bool = False
+        self.is_nested: bool = False
+        self.reason: str = ""
         self._children: dict[int, str] = {}
         self._ended: dict[str, int] = {}
         self._own_pids = -1
@@ -84,6 +84,7 @@ class Zygote:
             return
         try:
             self._leave()
+            linux.mount(None, "/", None, linux.MS_REC | linux.MS_PRIVATE)
         except OSError as error:
             self.reason = str(error)
             linux.adopt_orphans()
@@ -97,7 +98,6 @@ class Zygote:
             os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) & 0xFF)
         linux.die_with_parent(signal.SIGKILL)
         self._own_pids = os.open("/proc/thread-self/ns/pid_for_children", os.O_RDONLY)
-        linux.mount(None, "/", None, linux.MS_REC | linux.MS_PRIVATE)
 
     def _leave(self) -> None:
         kinds = linux.CLONE_NEWPID | linux.CLONE_NEWNS
@@ -117,12 +117,12 @@ class Zygote:
 
     def load(self) -> int:
         """Import what kernels use; how many modules the trial kernel still had to import."""
+        # A debugger costs each kernel 150 ms; ipykernel goes without one that cannot be imported.
+        sys.modules["debugpy"] = None  # type: ignore[assignment]
+        importlib.import_module("ipykernel.debugger")
+        del sys.modules["debugpy"]
         from swarm_sdk.tools.sandbox.guest import app
 
-        # A debugger costs each kernel 150 ms of imports; the switch has no public name.
-        for module in ("ipykernel.ipkernel", "ipykernel.debugger"):
-            if module in sys.modules:
-                vars(sys.modules[module])["_is_debugpy_available"] = False
         for name in _STACK:
             with contextlib.suppress(ImportError):
                 importlib.import_module(name)
@@ -132,6 +132,7 @@ class Zygote:
         for name in found:
             with contextlib.suppress(ImportError, AttributeError):
                 importlib.import_module(name)
+        app.build_shell()
         return len(found)
 
     def _trial(self, app: Any) -> list[str]:

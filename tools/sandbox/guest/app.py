@@ -15,6 +15,7 @@ import os
 import random
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
@@ -22,6 +23,7 @@ from typing import Any
 
 import ipykernel.ipkernel
 import ipykernel.kernelapp
+from ipykernel.compiler import XCachingCompiler
 from ipykernel.displayhook import ZMQShellDisplayHook
 from ipykernel.zmqshell import ZMQDisplayPublisher, ZMQInteractiveShell
 from traitlets import Type
@@ -103,8 +105,8 @@ class GuestDisplayHook(ZMQShellDisplayHook):
 class GuestShell(ZMQInteractiveShell):
     """IPython with short tracebacks."""
 
-    displayhook_class = Type(GuestDisplayHook)
-    display_pub_class = Type(GuestPublisher)
+    displayhook_class: Any = Type(GuestDisplayHook)
+    display_pub_class: Any = Type(GuestPublisher)
 
     def _showtraceback(self, etype: Any, evalue: Any, stb: list[str]) -> None:
         METER.release()
@@ -115,10 +117,14 @@ class GuestShell(ZMQInteractiveShell):
 class GuestKernel(ipykernel.ipkernel.IPythonKernel):
     """Runs cells one by one, and leaves the session fit for the next."""
 
-    shell_class = Type(GuestShell)
+    shell_class: Any = Type(GuestShell)
     _execute_sleep = 0
     home: str = "."
     _awaited: Any = None
+
+    @property
+    def _supports_kernel_subshells(self) -> bool:
+        return False
 
     async def do_execute(self, code: str, *args: Any, **options: Any) -> Any:
         """Run one cell."""
@@ -197,14 +203,34 @@ _STREAMS: dict[str, Any] = {}
 _APP: list[Any] = []
 
 
+class _NoThread:
+    """Stands where ipykernel keeps the thread that hands requests to subshells."""
+
+    parent_thread: threading.Thread = threading.main_thread()
+
+    def __bool__(self) -> bool:
+        return False
+
+
 class GuestApp(ipykernel.kernelapp.IPKernelApp):
     """A kernel whose sockets and settings were given, not read from a file."""
 
-    kernel_class = Type(GuestKernel)
+    kernel_class: Any = Type(GuestKernel)
+
+    def parse_command_line(self, argv: Any = None) -> None:
+        """There is none."""
+
+    def load_config_file(self, *_: Any, **__: Any) -> None:
+        """There is none."""
 
     def init_signal(self) -> None:
         """Between cells an interrupt means nothing."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def init_control(self, context: Any) -> None:
+        """Read requests in the main thread: none runs beside a cell, and a hop less each way."""
+        super().init_control(context)
+        self.shell_channel_thread = _NoThread()
 
     def init_blackhole(self) -> None:
         """Keep the streams."""
@@ -227,19 +253,13 @@ class GuestApp(ipykernel.kernelapp.IPKernelApp):
         _STREAMS.update(stdout=sys.stdout, stderr=sys.stderr)
 
 
-def prepare(told: Mapping[str, Any]) -> GuestApp:
+def prepare(told: Mapping[str, Any]) -> Any:
     """Build the kernel as ``told``: its sockets, key, folders, seed and limits; not yet started."""
     info = told["info"]
     SHELF.configure(inputs=told["inputs"], scratch=told["scratch"], max_pixels=told["max_pixels"])
     METER.max_chars = told["max_output_chars"]
     seed(told["seed"])
-    config = Config()
-    config.HistoryManager.enabled = False
-    config.InteractiveShell.colors = "NoColor"
-    config.InteractiveShell.xmode = "Plain"
-    config.IPKernelApp.log_level = "CRITICAL"
-    config.IPKernelApp.outstream_class = f"{CappedStream.__module__}.CappedStream"
-    config.InteractiveShellApp.exec_PYTHONSTARTUP = False
+    config = _config()
     config.Session.key = info["key"].encode()
     config.Session.signature_scheme = info["signature_scheme"]
     app = GuestApp.instance(
@@ -252,6 +272,8 @@ def prepare(told: Mapping[str, Any]) -> GuestApp:
     GuestKernel.home = told["home"]
     app.initialize([])
     shell: Any = app.shell
+    shell.kernel = app.kernel
+    shell.profile_dir = app.profile_dir
     METER.tell_cut = lambda count: shell.display_pub.publish({CUT_TYPE: {"dropped": count}})
     if _BACKEND in sys.modules:
         sys.modules[_BACKEND].configure_inline_support(shell, f"module://{_BACKEND}")
@@ -260,6 +282,22 @@ def prepare(told: Mapping[str, Any]) -> GuestApp:
     given |= {"images": SHELF.images, "shown": SHELF.shown}
     shell.push(given, interactive=False)
     return app
+
+
+def build_shell() -> None:
+    """Build the shell before the fork: half of a kernel's start, and memory that stays shared."""
+    GuestShell.instance(config=_config(), user_ns={}, compiler_class=XCachingCompiler)
+
+
+def _config() -> Any:
+    config = Config()
+    config.HistoryManager.enabled = False
+    config.InteractiveShell.colors = "NoColor"
+    config.InteractiveShell.xmode = "Plain"
+    config.IPKernelApp.log_level = "CRITICAL"
+    config.IPKernelApp.outstream_class = f"{CappedStream.__module__}.CappedStream"
+    config.InteractiveShellApp.exec_PYTHONSTARTUP = False
+    return config
 
 
 def seed(number: int) -> None:
