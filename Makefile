@@ -9,7 +9,7 @@ TORCH  ?= torch==2.13.0
 export OMP_NUM_THREADS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench wheel test-sglang
+.PHONY: help demo test test-slow check bench wheel test-sglang
 
 help: ## List the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -32,6 +32,9 @@ demo: $(VENV)/.demo ## Set up, then watch nano answer one wide and one look ques
 
 test: $(VENV)/.dev ## Set up, then run the tests with coverage
 	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered -m "not sglang and not slow"
+
+test-slow: $(VENV)/.dev ## Run the tests that take minutes: 1,000 sandboxes, counted before and after
+	$(BIN)/python -m pytest -m slow
 
 check: $(VENV)/.dev ## Lint, types and layers
 	$(BIN)/ruff format --check .

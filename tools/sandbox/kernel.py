@@ -29,7 +29,8 @@ import anyio
 from swarm_sdk.errors import SandboxDied
 from swarm_sdk.tools.sandbox.egress import Proxy
 from swarm_sdk.tools.sandbox.files import InputFolder, Outputs, check_file_names, collect
-from swarm_sdk.tools.sandbox.launcher import KernelProcess, Zygote, ready_zygote
+from swarm_sdk.tools.sandbox.launcher import ready_zygote
+from swarm_sdk.tools.sandbox.host import Host, Process
 from swarm_sdk.tools.sandbox.levels import DEFAULT_SETTINGS, SandboxSettings
 from swarm_sdk.tools.sandbox.output import CellOutput
 from swarm_sdk.tools.sandbox.protocol import CellResult, CellStatus, JournalEntry
@@ -113,6 +114,7 @@ class KernelSandbox:
         start_timeout_s: how long the kernel may take to start.
         interrupt_grace_s: how long an interrupted cell may take to stop before it is killed.
         seed: of ``random`` and ``numpy.random``, the same after a restart; drawn unless given.
+        host: what starts kernels: this process's fork-server, or ``ContainerHost(…).ready``.
 
     Raises:
         ConfigError: a file's name is not a plain name, or is given twice.
@@ -127,6 +129,7 @@ class KernelSandbox:
         start_timeout_s: float = 60.0,
         interrupt_grace_s: float = 2.0,
         seed: int | None = None,
+        host: Callable[[], Awaitable[Host]] = ready_zygote,
     ) -> None:
         check_file_names(files)
         self.files: tuple[Image, ...] = tuple(files)
@@ -138,8 +141,9 @@ class KernelSandbox:
         self._interrupt_grace_s = interrupt_grace_s
         self._name = f"k{secrets.token_hex(6)}"
         self._lock = anyio.Lock()
-        self._zygote: Zygote | None = None
-        self._process: KernelProcess | None = None
+        self._host = host
+        self._zygote: Host | None = None
+        self._process: Process | None = None
         self._wire: Wire | None = None
         self._proxy: Proxy | None = None
         self._inputs: InputFolder | None = None
@@ -202,6 +206,7 @@ class KernelSandbox:
             start_timeout_s=self._start_timeout_s,
             interrupt_grace_s=self._interrupt_grace_s,
             seed=self.seed,
+            host=self._host,
         )
 
     @property
@@ -447,7 +452,7 @@ class KernelSandbox:
     # -- the process -------------------------------------------------------------------------------
 
     async def _start(self) -> None:
-        zygote = await ready_zygote()
+        zygote = await self._host()
         if self._zygote is not None and zygote is not self._zygote:
             self._inputs = None  # the files lie with a server that is gone
         is_new = self._inputs is None
@@ -464,7 +469,7 @@ class KernelSandbox:
         if is_new:
             self.put(self.files)
 
-    async def _launch(self, zygote: Zygote, inputs: InputFolder) -> None:
+    async def _launch(self, zygote: Host, inputs: InputFolder) -> None:
         key = secrets.token_hex(16)
         try:
             self._process = await zygote.launch(

@@ -42,6 +42,7 @@ FIRST_USER_ID = 0x53570000
 """Kernels of root get users from here on, one each, that no system gives to anybody."""
 START_TIMEOUT_S = 60.0
 ANSWER_TIMEOUT_S = 20.0
+END_TIMEOUT_S = 5.0
 _KEPT_VARIABLES = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "LD_LIBRARY_PATH")
 _MESSAGE_BYTES = 2**18
 _MAX_SOCKET_PATH = 100
@@ -99,11 +100,7 @@ class KernelProcess:
     @property
     def is_alive(self) -> bool:
         """Whether the process runs."""
-        if self._is_closed:
-            return False
-        poll = select.poll()
-        poll.register(self.pidfd, select.POLLIN)
-        return not poll.poll(0)
+        return not self._is_closed and not is_readable(self.pidfd)
 
     def interrupt(self) -> None:
         """Send SIGINT."""
@@ -119,7 +116,7 @@ class KernelProcess:
         """Kill the process and all that it started, and wait until they are gone."""
         self.send_signal(signal.SIGTERM if self._has_keeper else signal.SIGKILL)
         if self.is_alive:
-            with anyio.move_on_after(5):
+            with anyio.move_on_after(END_TIMEOUT_S):
                 await anyio.wait_readable(self.pidfd)
             self.send_signal(signal.SIGKILL)
             await anyio.wait_readable(self.pidfd)
@@ -148,15 +145,7 @@ class KernelProcess:
 
     def ending(self) -> str:
         """How it ended, in words."""
-        status = self.status()
-        if status is None:
-            return "nobody knows how"
-        if status >= 0:
-            return f"exit status {status}"
-        try:
-            return f"signal {-status}, {signal.Signals(-status).name}"
-        except ValueError:
-            return f"signal {-status}"
+        return ending_in_words(self.status())
 
     def oom_kills(self) -> int:
         """Processes of it that the system killed for memory."""
@@ -541,6 +530,25 @@ def _answer(connection: socket.socket | None) -> tuple[dict[str, Any], list[int]
     if "error" in told:
         raise SandboxDied(f"the sandbox could not start: {told['error']}")
     return told, list(descriptors)
+
+
+def is_readable(descriptor: int) -> bool:
+    """Whether there is something to read; of a pidfd, whether its process has ended."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def ending_in_words(status: int | None) -> str:
+    """An exit status for people; negative for a signal."""
+    if status is None:
+        return "nobody knows how"
+    if status >= 0:
+        return f"exit status {status}"
+    try:
+        return f"signal {-status}, {signal.Signals(-status).name}"
+    except ValueError:
+        return f"signal {-status}"
 
 
 def _pid_of(pidfd: int) -> int:

@@ -33,16 +33,19 @@ class Isolation:
     level: int
     reason: str = ""
     """What stood in the way of the next level; empty at the highest."""
+    by: str = ""
+    """The container command that builds it; empty for our own fork-server."""
 
     @property
     def name(self) -> str:
-        """``L3`` … ``L0``: what results and spans carry."""
-        return f"L{self.level}"
+        """``L3`` … ``L0``, or ``L3/docker``: what results and spans carry."""
+        return f"L{self.level}/{self.by}" if self.by else f"L{self.level}"
 
     @property
     def enforced(self) -> tuple[str, ...]:
         """What is kept from the code, or capped."""
-        return ENFORCED[self.level]
+        held = ENFORCED[self.level]
+        return tuple(one for one in held if one != "disk") if self.by else held
 
     @property
     def missing(self) -> tuple[str, ...]:

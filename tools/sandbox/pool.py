@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 MAX_STARTING = 4
 """Kernels that start at one time; more would only slow each other down."""
 
+AHEAD_S = 0.1
+"""What a start ahead waits while another kernel stands ready: the lease that was just given runs
+its first cell in this time, and should have the processors."""
 TYPICAL_BYTES = 24 * 2**20
 """What an idle kernel holds for itself alone (measured: ``benchmarks/sandbox.py``)."""
 
@@ -79,6 +82,7 @@ class KernelPool:
         self._num_waiting = 0
         self._num_alive = 0
         self._changed = anyio.Condition()
+        self._hurry = anyio.Event()
         self._group: TaskGroup | None = None
         self._stack = AsyncExitStack()
 
@@ -148,6 +152,7 @@ class KernelPool:
                 with anyio.fail_after(self._wait_s):
                     self._refill()
                     while not self._idle:
+                        self._hurry.set()
                         await self._changed.wait()
                     return self._idle.popleft()
             except TimeoutError as error:
@@ -185,6 +190,10 @@ class KernelPool:
     async def _start_one(self) -> None:
         sandbox = KernelSandbox(settings=self.settings)
         try:
+            if self._idle:
+                self._hurry = anyio.Event()
+                with anyio.move_on_after(AHEAD_S):
+                    await self._hurry.wait()
             self._idle.append(await sandbox.__aenter__())
         except SwarmError as error:  # told to the lease that waits for this kernel
             self._num_alive -= 1
