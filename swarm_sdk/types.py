@@ -63,6 +63,12 @@ class Image:
     """What a model that cannot see is told instead: size and colours; empty where nobody knows."""
 
     @property
+    def in_words(self) -> str:
+        """What stands in the place of the picture where a model cannot see."""
+        told = f"{self.name}: {self.description}" if self.description else self.name
+        return f"[image {told}]" if told else "[image]"
+
+    @property
     def sha256(self) -> str:
         """Hex digest of ``data``: how records refer to the picture."""
         return hashlib.sha256(self.data).hexdigest()

@@ -193,8 +193,7 @@ class ChatFormat:
 
     def _image(self, image: Image) -> list[Part]:
         if self._num_image_tokens is None or not self.has_vision:
-            told = f"{image.name}: {image.description}" if image.description else image.name
-            return [f"[image {told}]\n" if told else "[image]\n"]
+            return [f"{image.in_words}\n"]
         special = self.tokenizer.special
         pads = [special.media_pad] * self._num_image_tokens(image)
         return [

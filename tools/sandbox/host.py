@@ -1,4 +1,4 @@
-"""What ``KernelSandbox`` needs of the thing that starts its kernels: a fork-server, or containers."""
+"""What ``KernelSandbox`` needs of what starts its kernels: a fork-server, or containers."""
 
 from __future__ import annotations
 

@@ -29,8 +29,8 @@ import anyio
 from swarm_sdk.errors import SandboxDied
 from swarm_sdk.tools.sandbox.egress import Proxy
 from swarm_sdk.tools.sandbox.files import InputFolder, Outputs, check_file_names, collect
-from swarm_sdk.tools.sandbox.launcher import ready_zygote
 from swarm_sdk.tools.sandbox.host import Host, Process
+from swarm_sdk.tools.sandbox.launcher import ready_zygote
 from swarm_sdk.tools.sandbox.levels import DEFAULT_SETTINGS, SandboxSettings
 from swarm_sdk.tools.sandbox.output import CellOutput
 from swarm_sdk.tools.sandbox.protocol import CellResult, CellStatus, JournalEntry
@@ -47,6 +47,8 @@ BUSY_S = 10.0
 """Longest time until a kernel says that it began."""
 IDLE_S = 3.0
 """Longest time between the reply to a cell and the end of its output."""
+GREETING_S = 0.25
+"""Longest time that we wait for a kernel's greeting before we ask it something."""
 MAX_JOURNAL = 10_000
 _End = Literal["over", "late", "flood", "dead", "hang", "quit"]
 _LOST = "the Python process was restarted: variables are lost, files are kept"
@@ -480,14 +482,17 @@ class KernelSandbox:
                 self._proxy = Proxy(self.settings.hosts)
                 await self._proxy.serve(self._process.listener)
             self._wire = Wire(f"ipc:///proc/self/fd/{self._process.folder}/run/s", key.encode())
-            await self._until(self._wire.heard_iopub)  # it greets who listens
+            await self._until_heard(self._wire)
         except BaseException:
             with anyio.CancelScope(shield=True):
                 await self._end_kernel()
             raise
 
-    async def _until(self, hear: Callable[[], Awaitable[Heard | None]]) -> None:
-        """Wait for a message, or for the end of the process.
+    async def _until_heard(self, wire: Wire) -> None:
+        """Wait until outputs reach us, or for the end of the process.
+
+        A kernel greets who listens, but its thread can miss that somebody does (zmq tells of new
+        events only once); a question makes it speak.
 
         Raises:
             SandboxDied: it ended.
@@ -502,8 +507,12 @@ class KernelSandbox:
                 group.cancel_scope.cancel()
 
             group.start_soon(watch)
-            await hear()
-            is_heard = True
+            while not is_heard:
+                with anyio.move_on_after(GREETING_S):
+                    await wire.heard_iopub()
+                    is_heard = True
+                if not is_heard:
+                    await wire.send("kernel_info_request", {})
             group.cancel_scope.cancel()
         if not is_heard:
             raise SandboxDied(f"the sandbox ended while it started ({process.ending()})")
