@@ -241,3 +241,74 @@ def test_a_pool_of_impossible_numbers_is_refused():
             KernelPool(size, max_alive=max_alive)
     with pytest.raises(ConfigError, match="memory_mb"):
         KernelPool(1, memory_mb=0)
+
+
+async def test_a_cell_that_found_a_dying_session_runs_in_a_new_one():
+    async with KernelSandbox() as sandbox:
+        code = "x = 1; import os, threading; threading.Timer(0.3, os._exit, [5]).start()"
+        assert await run(sandbox, code) == ("ok", "")
+        wire = sandbox._wire
+        sent = wire.send
+
+        async def late(kind, content):
+            await anyio.sleep(0.6)  # it is alive when it is looked at, and dead when it is asked
+            return await sent(kind, content)
+
+        wire.send = late
+        status, text = await run(sandbox, "print(6 * 7)")
+        assert status == "ok"
+        assert text.endswith("variables are lost, files are kept]\n42")
+
+
+async def test_a_session_that_does_not_answer_is_replaced_and_the_cell_runs(monkeypatch):
+    monkeypatch.setattr("swarm_sdk.tools.sandbox.kernel.BUSY_S", 0.5)
+    async with KernelSandbox() as sandbox:
+        first = sandbox.pid
+        await run(sandbox, "get_ipython().kernel.shell_stream.stop_on_recv()")
+        status, text = await run(sandbox, "print(6 * 7)")
+        assert status == "ok"
+        assert "no longer answered and was restarted" in text
+        assert text.endswith("\n42")
+        assert sandbox.pid != first
+
+
+async def test_an_app_can_interrupt_a_cell():
+    async with KernelSandbox() as sandbox, anyio.create_task_group() as group:
+        await run(sandbox, "x = 1")
+
+        async def interrupt():
+            await anyio.sleep(0.3)
+            sandbox.interrupt()
+
+        group.start_soon(interrupt)
+        with at_most(10):
+            assert (await run(sandbox, "import time; time.sleep(60)"))[0] == "interrupted"
+        assert await run(sandbox, "x") == ("ok", "1")
+        assert [entry.status for entry in sandbox.journal] == ["ok", "interrupted", "ok"]
+
+
+async def test_lost_variables_are_named():
+    async with KernelSandbox() as sandbox:
+        await run(sandbox, "alpha, beta = 1, 2; import os")
+        assert sandbox.variables == ("alpha", "beta")
+        result = await sandbox.run("os._exit(1)", timeout_s=10)
+        assert result.lost_variables == ("alpha", "beta")
+        assert "variables are lost (alpha, beta), files are kept" in result.text
+
+
+async def test_kernels_draw_differently_unless_they_are_given_one_seed():
+    code = "import random, numpy; random.random(), numpy.random.random()"
+    drawn = []
+    for seed in (None, None, 7, 7):
+        async with KernelSandbox(seed=seed) as sandbox:
+            drawn.append(await run(sandbox, code))
+    assert len(set(drawn)) == 3
+    assert drawn[2] == drawn[3]
+
+
+async def test_what_a_cell_started_and_did_not_end_prints_into_no_later_cell():
+    async with KernelSandbox() as sandbox:
+        code = "import threading, time\n"
+        code += "threading.Thread(target=lambda: (time.sleep(0.2), print('LATE'))).start()"
+        await run(sandbox, code)
+        assert await run(sandbox, "time.sleep(0.5); print('mine')") == ("ok", "mine")

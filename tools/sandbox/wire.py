@@ -10,6 +10,7 @@ cuts a peer off that sends a larger frame than MAX_FRAME_BYTES.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import json
@@ -113,9 +114,12 @@ class Wire:
             socket.connect(f"{address}-{port}")
 
     async def send(self, kind: str, content: Mapping[str, Any]) -> str:
-        """Send a request; its id."""
+        """Send a request; its id. To a kernel that is gone nothing is sent, and none answers."""
+        import zmq
+
         number, frames = packed(kind, content, self._key)
-        await self._shell.send_multipart(frames)
+        with contextlib.suppress(zmq.Again):
+            await self._shell.send_multipart(frames, flags=zmq.DONTWAIT)
         return number
 
     async def heard_shell(self) -> Heard | None:

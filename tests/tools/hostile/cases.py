@@ -270,7 +270,8 @@ RESEARCH = [
         "65 prints later",
         "import threading, time\n"
         "threading.Thread(target=lambda: (time.sleep(.3), print('LATER'))).start()",
-        then="__import__('time').sleep(.6); print(True)",
+        then="__import__('time').sleep(.6); print(True, 'mine')",
+        never="LATER",
     ),
     Case("66 background process", "import subprocess; subprocess.Popen(['sleep', '300']);"),
     Case(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import builtins
+import contextvars
 import os
 import random
 import signal
@@ -278,6 +279,7 @@ def prepare(told: Mapping[str, Any]) -> Any:
     if _BACKEND in sys.modules:
         sys.modules[_BACKEND].configure_inline_support(shell, f"module://{_BACKEND}")
         sys.modules["matplotlib"].interactive(b=True)  # figures show at the end of their cell
+    _attribute_threads()
     given: dict[str, Any] = {helper.__name__: helper for helper in _HELPERS}
     given |= {"images": SHELF.images, "shown": SHELF.shown}
     shell.push(given, interactive=False)
@@ -298,6 +300,18 @@ def _config() -> Any:
     config.IPKernelApp.outstream_class = f"{CappedStream.__module__}.CappedStream"
     config.InteractiveShellApp.exec_PYTHONSTARTUP = False
     return config
+
+
+def _attribute_threads() -> None:
+    """Let what a thread prints belong to the cell that started it, however late it comes."""
+    start = threading.Thread.start
+
+    def start_in_context(thread: threading.Thread) -> None:
+        context, run = contextvars.copy_context(), thread.run
+        thread.run = lambda: context.run(run)  # type: ignore[method-assign]
+        start(thread)
+
+    threading.Thread.start = start_in_context  # type: ignore[assignment, method-assign]
 
 
 def seed(number: int) -> None:
