@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -172,3 +173,31 @@ def is_running(pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+REFUSING = """
+import errno, os, platform, sys
+from swarm_sdk.tools.sandbox import linux, seccomp
+column, architecture = seccomp._ARCHITECTURES[platform.machine()]
+numbers = [seccomp.DENIED[name][column] for name in ("unshare", "mount")]
+numbers += [444, 445, 446] if sys.argv[1] == "L0" else []  # Landlock's
+lines = seccomp._opening(architecture)
+for number in numbers:
+    lines += seccomp._on(number, [seccomp._return(0x50000 | errno.EPERM)])
+linux.forbid_new_privileges()
+linux.install_filter(b"".join([*lines, seccomp._return(0x7FFF0000)]))
+code = "from swarm_sdk.cli import main; main()"
+os.execv(sys.executable, [sys.executable, "-c", code, "doctor", "--json"])
+"""
+
+
+@pytest.mark.parametrize(("level", "reason"), [("L1", "unshare("), ("L0", "landlock")])
+def test_a_machine_that_refuses_a_means_gives_the_level_without_it_and_says_why(level, reason):
+    done = subprocess.run(
+        [sys.executable, "-c", REFUSING, level], capture_output=True, text=True, check=False
+    )
+    isolation = json.loads(done.stdout)["isolation"]
+    assert isolation["level"] == level, done.stderr
+    assert reason in isolation["reason"]
+    assert "Operation not permitted" in isolation["reason"]
+    assert "memory" in isolation["not_enforced"]

@@ -137,6 +137,7 @@ def test_there_are_as_many_cases_as_were_asked_for():
     assert len({case.name for case in CASES}) == len(CASES) >= 73 + 40
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
 @pytest.mark.timeout(600)
 def test_all_of_it_holds_for_a_user_without_rights():
