@@ -231,7 +231,7 @@ class GuestApp(ipykernel.kernelapp.IPKernelApp):
     def init_control(self, context: Any) -> None:
         """Read requests in the main thread: none runs beside a cell, and a hop less each way."""
         super().init_control(context)
-        self.shell_channel_thread = _NoThread()
+        self.shell_channel_thread: Any = _NoThread()
 
     def init_blackhole(self) -> None:
         """Keep the streams."""
@@ -260,6 +260,7 @@ def prepare(told: Mapping[str, Any]) -> Any:
     SHELF.configure(inputs=told["inputs"], scratch=told["scratch"], max_pixels=told["max_pixels"])
     METER.max_chars = told["max_output_chars"]
     seed(told["seed"])
+    build_shell()
     config = _config()
     config.Session.key = info["key"].encode()
     config.Session.signature_scheme = info["signature_scheme"]
@@ -275,6 +276,14 @@ def prepare(told: Mapping[str, Any]) -> Any:
     shell: Any = app.shell
     shell.kernel = app.kernel
     shell.profile_dir = app.profile_dir
+    return app
+
+
+def build_shell() -> None:
+    """Build the shell before the fork: half of a kernel's start, and memory that stays shared."""
+    if GuestShell.initialized():
+        return
+    shell: Any = GuestShell.instance(config=_config(), user_ns={}, compiler_class=XCachingCompiler)
     METER.tell_cut = lambda count: shell.display_pub.publish({CUT_TYPE: {"dropped": count}})
     if _BACKEND in sys.modules:
         sys.modules[_BACKEND].configure_inline_support(shell, f"module://{_BACKEND}")
@@ -283,12 +292,6 @@ def prepare(told: Mapping[str, Any]) -> Any:
     given: dict[str, Any] = {helper.__name__: helper for helper in _HELPERS}
     given |= {"images": SHELF.images, "shown": SHELF.shown}
     shell.push(given, interactive=False)
-    return app
-
-
-def build_shell() -> None:
-    """Build the shell before the fork: half of a kernel's start, and memory that stays shared."""
-    GuestShell.instance(config=_config(), user_ns={}, compiler_class=XCachingCompiler)
 
 
 def _config() -> Any:
