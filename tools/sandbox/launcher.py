@@ -317,7 +317,14 @@ class Zygote:
         return connection
 
     async def launch(
-        self, name: str, key: str, settings: SandboxSettings, *, inputs: str, seed: int
+        self,
+        name: str,
+        key: str,
+        settings: SandboxSettings,
+        *,
+        inputs: str,
+        seed: int,
+        has_heartbeat: bool = False,
     ) -> KernelProcess:
         """Fork a kernel; its folder is kept over kernels of the same name.
 
@@ -327,6 +334,7 @@ class Zygote:
             settings: what it may use.
             inputs: folder of the task's files.
             seed: of its random numbers.
+            has_heartbeat: whether it answers on its heartbeat socket, which we do not ask.
 
         Raises:
             ConfigError: the level is below what ``settings`` ask for.
@@ -339,7 +347,7 @@ class Zygote:
                 f"code can reach hosts through our proxy from level L2 on; this is {self.isolation}"
             )
         info = {"key": key, "signature_scheme": "hmac-sha256"}
-        extra = {"info": info, "inputs": inputs, "seed": seed}
+        extra = {"info": info, "inputs": inputs, "seed": seed, "has_heartbeat": has_heartbeat}
         cgroup, request = self._request("fork", name, level, settings, extra)
         asking = asyncio.ensure_future(self.ask_async(request))
         try:

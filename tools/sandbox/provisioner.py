@@ -66,7 +66,7 @@ class ZygoteProvisioner(KernelProvisionerBase):
         key = secrets.token_hex(16)
         seed = secrets.randbits(63)
         process = await zygote.launch(
-            self._name, key, self._settings, inputs=str(inputs.path), seed=seed
+            self._name, key, self._settings, inputs=str(inputs.path), seed=seed, has_heartbeat=True
         )
         self.process = process
         await process.wait_ready()

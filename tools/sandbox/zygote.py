@@ -465,6 +465,7 @@ def _become_kernel(
             "seed": request["seed"],
             "max_pixels": request["max_pixels"],
             "max_output_chars": request["max_output_chars"],
+            "has_heartbeat": request["has_heartbeat"],
         }
     )
     if plan.level == 1:

@@ -217,6 +217,7 @@ class GuestApp(ipykernel.kernelapp.IPKernelApp):
     """A kernel whose sockets and settings were given, not read from a file."""
 
     kernel_class: Any = Type(GuestKernel)
+    has_heartbeat: bool = False
 
     def parse_command_line(self, argv: Any = None) -> None:
         """There is none."""
@@ -232,6 +233,11 @@ class GuestApp(ipykernel.kernelapp.IPKernelApp):
         """Read requests in the main thread: none runs beside a cell, and a hop less each way."""
         super().init_control(context)
         self.shell_channel_thread: Any = _NoThread()
+
+    def init_heartbeat(self) -> None:
+        """For clients that listen to one; ours watches the process and saves two threads."""
+        if self.has_heartbeat:
+            super().init_heartbeat()
 
     def init_blackhole(self) -> None:
         """Keep the streams."""
@@ -272,6 +278,7 @@ def prepare(told: Mapping[str, Any]) -> Any:
     )
     _APP[:] = [app]
     GuestKernel.home = told["home"]
+    GuestApp.has_heartbeat = told.get("has_heartbeat", False)
     app.initialize([])
     shell: Any = app.shell
     shell.kernel = app.kernel
