@@ -243,7 +243,7 @@ def test_a_pool_of_impossible_numbers_is_refused():
         KernelPool(1, memory_mb=0)
 
 
-async def test_a_cell_that_found_a_dying_session_runs_in_a_new_one():
+async def test_a_cell_sent_to_a_session_that_just_died_is_told_so_and_never_waits():
     async with KernelSandbox() as sandbox:
         code = "x = 1; import os, threading; threading.Timer(0.3, os._exit, [5]).start()"
         assert await run(sandbox, code) == ("ok", "")
@@ -256,8 +256,18 @@ async def test_a_cell_that_found_a_dying_session_runs_in_a_new_one():
 
         wire.send = late
         status, text = await run(sandbox, "print(6 * 7)")
-        assert status == "ok"
-        assert text.endswith("variables are lost, files are kept]\n42")
+        assert status == "died"
+        assert "exit status 5" in text
+        assert (await run(sandbox, "print(6 * 7)"))[1].endswith("\n42")
+
+
+async def test_a_cell_that_holds_the_interpreters_lock_is_known_to_run(monkeypatch):
+    monkeypatch.setattr("swarm_sdk.tools.sandbox.kernel.BUSY_S", 0.5)
+    async with KernelSandbox() as sandbox:
+        await run(sandbox, "x = 1")
+        code = "import re; re.match(r'(a+)+$', 'a' * 40 + 'b')"
+        assert (await run(sandbox, code, timeout_s=1.5))[0] == "wall_timeout"
+        assert await run(sandbox, "x") == ("ok", "1")
 
 
 async def test_a_session_that_does_not_answer_is_replaced_and_the_cell_runs(monkeypatch):

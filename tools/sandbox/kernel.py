@@ -313,11 +313,12 @@ class KernelSandbox:
     ) -> tuple[CellStatus, tuple[str, ...]]:
         cell = await self._execute(code, output)
         first = end = await self._listen(cell, timeout_s)
-        if end in ("hang", "dead") and not cell.has_begun:
-            # The session was lost before this cell: it has not run, so a new process runs it.
+        if end == "hang" and not cell.has_begun:
+            # The session was lost before this cell: it has not run, so a new process runs it. (Of a
+            # process that died we cannot say so: the cell may have ended it before it was heard.)
             await self._end_kernel()
             await self._start()
-            output.note(_DEAF if end == "hang" else _LOST)
+            output.note(_DEAF)
             cell = await self._execute(code, output)
             first = end = await self._listen(cell, timeout_s)
         assert self._process is not None

@@ -130,6 +130,7 @@ class GuestKernel(ipykernel.ipkernel.IPythonKernel):
     async def do_execute(self, code: str, *args: Any, **options: Any) -> Any:
         """Run one cell."""
         METER.begin()
+        self._say_begun()
         SHELF.take_inputs(self.home)
         reply = await super().do_execute(code, *args, **options)
         METER.release()
@@ -143,6 +144,13 @@ class GuestKernel(ipykernel.ipkernel.IPythonKernel):
             reply["traceback"] = []  # the error message on iopub has it
             reply["evalue"] = clipped(str(reply["evalue"]))
         return reply
+
+    def _say_begun(self) -> None:
+        """Let what was said so far go out: a cell may hold the interpreter's lock for minutes."""
+        handed_over = threading.Event()
+        iopub: Any = self.iopub_thread
+        iopub.schedule(handed_over.set)
+        handed_over.wait(1)
 
     def pre_handler_hook(self) -> None:
         """Between its messages the kernel is deaf to interrupts; from here on it is not."""
