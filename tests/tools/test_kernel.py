@@ -322,3 +322,12 @@ async def test_what_a_cell_started_and_did_not_end_prints_into_no_later_cell():
         code += "threading.Thread(target=lambda: (time.sleep(0.2), print('LATE'))).start()"
         await run(sandbox, code)
         assert await run(sandbox, "time.sleep(0.5); print('mine')") == ("ok", "mine")
+
+
+async def test_characters_that_no_message_can_hold_cost_only_themselves():
+    async with KernelSandbox() as sandbox:
+        for code in (
+            "print('a\\ud800b', 'é')",
+            "class A:\n    __repr__ = lambda s: 'a\\ud800b é'\nA()",
+        ):
+            assert await run(sandbox, code) == ("ok", "a?b é")

@@ -88,6 +88,7 @@ class CappedStream(OutStream):
     def write(self, string: str) -> int | None:  # type: ignore[override]
         """Write, within the cell's allowance."""
         if isinstance(string, str) and os.getpid() == self._master_pid:
+            string = sendable(string)
             now = METER.take(self, string)
             if METER.is_over and threading.current_thread() is threading.main_thread():
                 raise OutputLimit(f"the cell printed more than {METER.max_chars} characters")
@@ -109,7 +110,13 @@ class CappedStream(OutStream):
 
 def clipped(text: str, max_chars: int = MAX_HEAD) -> str:
     """Head and tail of a text that is longer than ``max_chars``."""
+    text = sendable(text)
     if len(text) <= max_chars:
         return text
     half = max_chars // 2
     return f"{text[:half]}\n[{len(text) - 2 * half} characters cut]\n{text[-half:]}"
+
+
+def sendable(text: str) -> str:
+    """``text`` as UTF-8 can hold it: a message with half a surrogate pair would be lost whole."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
