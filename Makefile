@@ -9,7 +9,7 @@ TORCH  ?= torch==2.13.0
 export OMP_NUM_THREADS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench wheel test-sglang
+.PHONY: help demo test test-slow check bench wheel test-sglang
 
 help: ## List the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -33,6 +33,9 @@ demo: $(VENV)/.demo ## Set up, then watch nano answer one wide and one look ques
 test: $(VENV)/.dev ## Set up, then run the tests with coverage
 	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered -m "not sglang and not slow"
 
+test-slow: $(VENV)/.dev ## Run the tests that take minutes: 1,000 sandboxes, counted before and after
+	$(BIN)/python -m pytest -m slow
+
 check: $(VENV)/.dev ## Lint, types and layers
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -41,7 +44,7 @@ check: $(VENV)/.dev ## Lint, types and layers
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.dev ## Run the quick form of every benchmark
-	@for name in parity engine atlas_eval orchestration scale budgets crash faults \
+	@for name in parity engine atlas_eval orchestration scale budgets crash faults sandbox \
 		parl_step swarm_vs_single; do \
 		$(BIN)/python benchmarks/$$name.py --json --quick || exit 1; done
 

@@ -15,6 +15,7 @@ empty. What differs on the wire from our records:
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from pydantic import ValidationError
@@ -65,6 +66,7 @@ class OpenAIModel:
         retry: Retry | None = None,
         timeout_s: float = 600.0,
         max_connections: int = 0,
+        has_vision: bool = True,
     ) -> None:
         """Check the settings; connects to nothing.
 
@@ -72,6 +74,7 @@ class OpenAIModel:
         for the log-probabilities of the sampled tokens. OpenAI's reasoning models want
         ``max_completion_tokens``. ``extra_body`` is added to every request (a server's own
         fields). ``timeout_s`` bounds one request; ``max_connections`` = 0 sets no bound.
+        Without ``has_vision`` the model reads size and colours in the place of pictures.
 
         Raises:
             ConfigError: a setting is wrong.
@@ -85,6 +88,7 @@ class OpenAIModel:
             base_url, api_key=api_key, timeout_s=timeout_s, max_connections=max_connections
         )
         self._name = model
+        self.has_vision: bool = has_vision
         self._keep_logprobs = keep_logprobs
         self._max_tokens_field = max_tokens_field
         self._retry = Retry() if retry is None else retry
@@ -178,7 +182,8 @@ class OpenAIDialogue:
 
     def observe(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """Append messages; returns no ids, since the server does not tell them."""
-        for message in messages:
+        for given in messages:
+            message = given if self._model.has_vision else _told_in_words(given)
             self._num_new_chars += len(message.content) + IMAGE_CHARS * len(message.images)
             if message.role == "tool":
                 call_id = message.tool_call_id
@@ -258,3 +263,8 @@ class OpenAIDialogue:
             parts += [text_part(f"Picture returned by {call_id}:"), image_part(image)]
         self._messages.append({"role": "user", "content": parts})
         self._tool_images = []
+
+
+def _told_in_words(message: Message) -> Message:
+    words = "".join(f"{image.in_words}\n" for image in message.images)
+    return replace(message, content=words + message.content, images=())

@@ -228,7 +228,8 @@ class _AgentRun:
 
     def _first_messages(self) -> list[Message]:
         spec = self.spec
-        messages = [Message("user", spec.prompt, images=self.state.files)]
+        pictures = tuple(one for one in self.state.files if one.media_type.startswith("image/"))
+        messages = [Message("user", spec.prompt, images=pictures)]
         instructions = spec.instructions
         if spec.output is not None:
             schema = json.dumps(spec.output.json_schema(), ensure_ascii=False)

@@ -200,7 +200,7 @@ async def resume_episode(
                     f"episode {episode_id} was run with {what} {then!r} and cannot go on with "
                     f"{now!r}; resume it with the settings of its first run"
                 )
-        files = tuple(ledger.media(digest, name) for digest, name in record.task["files"])
+        files = tuple(ledger.media(*image) for image in record.task["files"])
         task = Task(record.task["prompt"], files)
     except BaseException:
         ledger.release(episode_id)

@@ -104,7 +104,7 @@ def read_replay(ledger: Ledger, episode_id: str) -> Replay:
             agent.turns.append(_turn(ledger, step))
         else:
             body = step.body
-            images = tuple(ledger.media(digest, name) for digest, name in body["images"])
+            images = tuple(ledger.media(*image) for image in body["images"])
             agent.results[body["call_id"]] = (ToolOutput(body["content"], images), body["error"])
     return Replay(episode, agents, _union_s(worked))
 

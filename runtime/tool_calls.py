@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from swarm_sdk.errors import LedgerError, SubagentError, ToolError
@@ -160,7 +161,7 @@ async def _within_bounds(
             raise
         return ToolOutput(f"error: the tool raised {type(failure).__name__}"), "CancelledError"
     except ToolError as failure:
-        output = ToolOutput(f"error: {failure}")
+        output = ToolOutput(f"error: {failure}", facts=failure.facts)
         return capped(output, state.limits.max_tool_chars), type(failure).__name__
     except (*ENDS_THE_EPISODE, KeyboardInterrupt):
         raise
@@ -215,11 +216,11 @@ def capped(output: ToolOutput, max_chars: int) -> ToolOutput:
     if not text.isascii():
         text = text.encode("utf-8", "replace").decode()  # a lone surrogate becomes a '?'
     if len(text) <= max_chars:
-        return output if text == output.content else ToolOutput(text, output.images)
+        return output if text == output.content else replace(output, content=text)
     head = max_chars - max_chars // 4
     tail = max_chars - head
     cut = f"\n[… {len(text) - max_chars} characters are not shown …]\n"
-    return ToolOutput(text[:head] + cut + (text[-tail:] if tail else ""), output.images)
+    return replace(output, content=text[:head] + cut + (text[-tail:] if tail else ""))
 
 
 def first_of(failures: BaseExceptionGroup[BaseException]) -> BaseException:

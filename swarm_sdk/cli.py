@@ -338,8 +338,10 @@ def doctor(as_json: Json = False) -> None:
             "advice": "" if has_nano else "reinstall swarm-sdk: the checkpoint is missing",
         }
     )
+    isolation = _isolation()
     if as_json:
-        _print_json({"version": metadata.version("swarm-sdk"), "checks": checks})
+        told = {"version": metadata.version("swarm-sdk"), "checks": checks, "isolation": isolation}
+        _print_json(told)
     else:
         table = Table(box=None, pad_edge=False)
         for column in ("part", "", "advice"):
@@ -348,8 +350,28 @@ def doctor(as_json: Json = False) -> None:
             state = "[green]ok[/green]" if check["ok"] else "[red]missing[/red]"
             table.add_row(str(check["part"]), state, str(check["advice"]))
         Console().print(table)
+        reason = f"  ({isolation['reason']})" if isolation["reason"] else ""
+        lacks = ", ".join(isolation["not_enforced"]) or "nothing"
+        Console().print(f"isolation of code: {isolation['level']}, not enforced: {lacks}{reason}")
     if not all(check["ok"] for check in checks):
         raise typer.Exit(1)
+
+
+def _isolation() -> dict[str, Any]:
+    """The level at which code runs on this machine, shown by a canary."""
+    from swarm_sdk.tools.sandbox.launcher import probe
+    from swarm_sdk.tools.sandbox.levels import Isolation
+
+    try:
+        found = probe()
+    except SwarmError as error:
+        found = Isolation(level=0, reason=str(error))
+    return {
+        "level": found.name,
+        "enforced": list(found.enforced),
+        "not_enforced": list(found.missing),
+        "reason": found.reason,
+    }
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ import anyio.to_thread
 
 from swarm_sdk.tools.corpus import Corpus, Page
 from swarm_sdk.tools.ipython import IPythonTool
+from swarm_sdk.tools.sandbox.levels import SandboxSettings
 from swarm_sdk.tools.sandbox.pool import KernelPool
 from swarm_sdk.tools.search import OpenTool, SearchTool
 from swarm_sdk.types import Tool
@@ -37,5 +38,6 @@ async def desk_tools(docs: Path | None, *, num_kernels: int = 1) -> AsyncIterato
         corpus = await anyio.to_thread.run_sync(atlas_corpus)
     else:
         corpus = await anyio.to_thread.run_sync(Corpus.from_folder, docs)
-    async with KernelPool(num_kernels) as pool:
+    settings = SandboxSettings(isolation="best")  # what holds is told by ``swarm doctor``
+    async with KernelPool(num_kernels, settings=settings) as pool:
         yield [SearchTool(corpus), OpenTool(corpus), IPythonTool(pool.lease)]

@@ -51,6 +51,9 @@ class ContextOverflow(ModelError):
 class ToolError(SwarmError):
     """Raised by a tool to tell the model what went wrong."""
 
+    facts: tuple[tuple[str, str | int | float | bool], ...] = ()
+    """As ``ToolOutput.facts``."""
+
 
 class SandboxDied(ToolError):
     """Raised if the process behind a sandbox is gone; its variables are lost."""

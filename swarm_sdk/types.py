@@ -54,10 +54,19 @@ class Image:
     """An encoded picture that an agent sees or a tool returned."""
 
     data: bytes
-    """The encoded file, PNG or JPEG; pixels are decoded where they are used."""
+    """The encoded file, PNG or JPEG; pixels are decoded where they are used. A file of another
+    type (a clip, a table) is offered to tools and not shown to models."""
     media_type: str = "image/png"
     name: str = ""
     """The file name under which tools offer it; empty where there is none."""
+    description: str = ""
+    """What a model that cannot see is told instead: size and colours; empty where nobody knows."""
+
+    @property
+    def in_words(self) -> str:
+        """What stands in the place of the picture where a model cannot see."""
+        told = f"{self.name}: {self.description}" if self.description else self.name
+        return f"[image {told}]" if told else "[image]"
 
     @property
     def sha256(self) -> str:
@@ -278,6 +287,9 @@ class ToolOutput:
 
     content: str
     images: tuple[Image, ...] = ()
+    facts: tuple[tuple[str, str | int | float | bool], ...] = ()
+    """What the record and the span tell of the call beside its text, which the model does not
+    see: names as in ``traces/schema.py``, and values."""
 
 
 class Resources(Protocol):

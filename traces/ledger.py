@@ -175,13 +175,21 @@ def _text(value: str | None) -> str | None:
     return value.encode("utf-8", "replace").decode()
 
 
+def images_to_json(images: Sequence[Image]) -> list[list[str]]:
+    """Pictures by digest, name and, where there is one, description: what ``media`` takes."""
+    return [
+        [image.sha256, image.name, *([image.description] if image.description else [])]
+        for image in images
+    ]
+
+
 def message_to_json(message: Message) -> dict[str, Any]:
     """The stored form of a message: defaults left out, pictures by digest."""
     stored: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.reasoning:
         stored["reasoning"] = message.reasoning
     if message.images:
-        stored["images"] = [[image.sha256, image.name] for image in message.images]
+        stored["images"] = images_to_json(message.images)
     if message.tool_call_id:
         stored["tool_call_id"] = message.tool_call_id
     if message.tool_calls:
@@ -605,7 +613,7 @@ class Ledger:
                 id=row[10],
             )
 
-    def media(self, sha256: str, name: str = "") -> Image:
+    def media(self, sha256: str, name: str = "", description: str = "") -> Image:
         """A stored picture.
 
         Raises:
@@ -614,7 +622,7 @@ class Ledger:
         rows = self._read("SELECT media_type, data FROM media WHERE sha256 = ?", (sha256,))
         if not rows:
             raise LedgerError(f"the ledger '{self.path}' lacks the picture {sha256}")
-        return Image(data=rows[0][1], media_type=rows[0][0], name=name)
+        return Image(rows[0][1], rows[0][0], name, description)
 
     def messages(self, episode_id: str, agent_path: str) -> list[Message]:
         """The dialogue of one agent, read back: what it saw and what it said."""
@@ -639,7 +647,7 @@ class Ledger:
             role=stored["role"],
             content=stored["content"],
             reasoning=stored.get("reasoning", ""),
-            images=tuple(self.media(digest, name) for digest, name in stored.get("images", ())),
+            images=tuple(self.media(*image) for image in stored.get("images", ())),
             tool_call_id=stored.get("tool_call_id", ""),
             tool_calls=tuple(ToolCall(**call) for call in stored.get("tool_calls", ())),
         )

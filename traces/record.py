@@ -18,7 +18,7 @@ from typing import Any
 from opentelemetry.trace import SpanContext
 
 from swarm_sdk.traces import schema
-from swarm_sdk.traces.ledger import AgentRecord, Ledger, message_to_json
+from swarm_sdk.traces.ledger import AgentRecord, Ledger, images_to_json, message_to_json
 from swarm_sdk.traces.spans import EpisodeSpans, Step
 from swarm_sdk.types import Image, Message, ToolCall, ToolOutput, Turn
 
@@ -133,8 +133,9 @@ class AgentRecorder:
                 "call_id": call.id,
                 "name": call.name,
                 "content": output.content,
-                "images": [[image.sha256, image.name] for image in output.images],
+                "images": images_to_json(output.images),
                 "error": error,
+                **({"facts": dict(output.facts)} if output.facts else {}),
             },
             started_ns=started_ns,
             ended_ns=ended_ns,
@@ -149,6 +150,7 @@ class AgentRecorder:
                 schema.AGENT_PATH: self.path,
                 schema.STAGE_INDEX: self.stage,
             }
+            attributes.update(output.facts)
             if error:
                 attributes[schema.ERROR_TYPE] = error
             name = f"{schema.EXECUTE_TOOL} {call.name}"
@@ -201,4 +203,4 @@ def agent_span(
 
 def media_of(files: Sequence[Image]) -> list[list[str]]:
     """How a task's record refers to its files: ``[digest, name]`` each."""
-    return [[image.sha256, image.name] for image in files]
+    return images_to_json(files)

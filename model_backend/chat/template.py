@@ -193,7 +193,7 @@ class ChatFormat:
 
     def _image(self, image: Image) -> list[Part]:
         if self._num_image_tokens is None or not self.has_vision:
-            return [f"[image {image.name}]\n" if image.name else "[image]\n"]
+            return [f"{image.in_words}\n"]
         special = self.tokenizer.special
         pads = [special.media_pad] * self._num_image_tokens(image)
         return [

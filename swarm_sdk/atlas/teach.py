@@ -37,6 +37,7 @@ from swarm_sdk.swarm import Swarm
 from swarm_sdk.testing import ScriptedModel
 from swarm_sdk.tools.corpus import Corpus, Page
 from swarm_sdk.tools.ipython import IPythonTool
+from swarm_sdk.tools.sandbox.levels import SandboxSettings
 from swarm_sdk.tools.sandbox.pool import KernelPool
 from swarm_sdk.tools.search import OpenTool, SearchTool
 from swarm_sdk.traces.ledger import Ledger
@@ -184,7 +185,7 @@ async def teacher(chat_format: ChatFormat | None, seed: int, mix: Mix) -> AsyncI
         if mix.compute == mix.look == 0:
             yield Teacher(chat_format, None, directory, seed, mix)
             return
-        async with KernelPool(1, reuse=True) as kernels:
+        async with KernelPool(2, settings=SandboxSettings(isolation="best")) as kernels:
             yield Teacher(chat_format, kernels, directory, seed, mix)
 
 

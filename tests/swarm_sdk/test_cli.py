@@ -141,6 +141,11 @@ def test_doctor_tells_what_is_installed(tmp_path: Path) -> None:
     done = swarm("doctor", "--json", cwd=tmp_path)
     checks = json.loads(done.stdout)["checks"]
     assert {check["part"] for check in checks} >= {"nano checkpoint", "IPython sandboxes"}
+    isolation = json.loads(done.stdout)["isolation"]
+    assert isolation["level"] in ("L3", "L2", "L1", "L0")
+    assert (
+        bool(isolation["not_enforced"]) == bool(isolation["reason"]) == (isolation["level"] < "L3")
+    )
     assert done.returncode == 0
     assert "nano checkpoint" in swarm("doctor", cwd=tmp_path).stdout
 

@@ -52,7 +52,7 @@ def test_the_sandbox_starts_once_with_the_files_and_its_results_come_back():
         CellResult(status="ok", text="3", images=(PICTURE,)),
         CellResult(status="ok", text=""),
         CellResult(status="error", text="NameError: x"),
-        CellResult(status="timeout", text="[stopped after 5 s; variables are kept]"),
+        CellResult(status="wall_timeout", text="[stopped after 5 s; variables are kept]"),
     )
     started = []
 
@@ -81,7 +81,7 @@ def test_the_sandbox_starts_once_with_the_files_and_its_results_come_back():
 def test_a_sandbox_that_died_is_a_tool_error():
     @asynccontextmanager
     async def start(files):
-        yield Answers(CellResult(status="died", text="gone: variables are lost"))
+        yield Answers(CellResult(status="died", text="gone: variables are lost", has_state=False))
 
     async def call():
         await IPythonTool(start)({"code": "1"}, context(OneAgent()))

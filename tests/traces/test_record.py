@@ -6,10 +6,11 @@ from pathlib import Path
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 
 from swarm_sdk import Message, Swarm
+from swarm_sdk.errors import SandboxDied
 from swarm_sdk.testing import ScriptedModel, call, calls
 from swarm_sdk.traces import schema
 from swarm_sdk.traces.ledger import Ledger
-from swarm_sdk.types import ToolSpec
+from swarm_sdk.types import ToolOutput, ToolSpec
 
 
 class Collector(SpanProcessor):
@@ -80,3 +81,40 @@ def test_spans_never_carry_tokens_or_texts(tmp_path: Path) -> None:
     swarm = Swarm(ScriptedModel(lambda m, t: secret), runs=tmp_path, tracer_provider=provider)
     swarm.run_sync(secret)
     assert not any(secret in str(span.attributes) for span in collector.spans)
+
+
+def test_what_a_tool_tells_beside_its_text_is_in_its_row_and_its_span(tmp_path: Path) -> None:
+    class Told:
+        spec = ToolSpec("told", "", {"type": "object", "properties": {}})
+
+        def __init__(self) -> None:
+            self.facts = ((schema.SANDBOX_LEVEL, "L2"), (schema.SANDBOX_HAS_STATE, True))
+
+        async def __call__(self, arguments: object, context: object) -> ToolOutput:
+            if arguments:
+                lost = SandboxDied("gone")
+                lost.facts = ((schema.SANDBOX_STATUS, "oom"),)
+                raise lost
+            return ToolOutput("text", facts=self.facts)
+
+    def say(messages: Sequence[Message], tools: Sequence[ToolSpec]) -> Message | str:
+        if any(m.role == "tool" for m in messages):
+            return "done"
+        return calls(call("told"), call("told", dies=True))
+
+    collector = Collector(tmp_path)
+    provider = TracerProvider()
+    provider.add_span_processor(collector)
+    swarm = Swarm(ScriptedModel(say), tools=[Told()], runs=tmp_path, tracer_provider=provider)
+    episode_id = swarm.run_sync("go").episode_id
+    spans = {
+        str(s.attributes and s.attributes.get(schema.TOOL_CALL_ID)): s for s in collector.spans
+    }
+    assert spans["functions.told:0"].attributes[schema.SANDBOX_LEVEL] == "L2"
+    assert spans["functions.told:0"].attributes[schema.SANDBOX_HAS_STATE] is True
+    assert spans["functions.told:1"].attributes[schema.SANDBOX_STATUS] == "oom"
+    ledger = Ledger(tmp_path, readonly=True)
+    bodies = [step.body for step in ledger.steps(episode_id) if step.kind == "tool"]
+    ledger.close()
+    assert bodies[0]["facts"] == {"swarm.sandbox.level": "L2", "swarm.sandbox.has_state": True}
+    assert bodies[1]["facts"] == {"swarm.sandbox.status": "oom"}

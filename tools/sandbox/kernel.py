@@ -1,77 +1,122 @@
-"""A plain IPython kernel as a sandbox: a process of this user, NOT isolated from the machine.
+"""One agent's IPython session: a forked, isolated kernel and the story of its cells.
 
-    /tmp/swarm-XXXX/           private to this user, deleted on close
-        work/                  the kernel's working directory and HOME; the task's files lie here
-        run/                   connection file and Unix sockets (ipc: no TCP port to race for)
+    run(code):  execute ─ does not begin ──> killed; a new process runs it
+                   └──> messages until idle and reply ──> CellResult
+                   │ time limit, or too much output
+                   ├─> interrupt, twice ──> idle within the grace time: variables kept
+                   └─> no answer ──> SIGKILL: variables lost, files kept
 
-    run(code):  execute ──> messages until idle ──> CellResult
-                   │ time limit
-                   ├─> interrupt ──> idle within the grace time: "timeout", variables kept
-                   └─> no answer ──> SIGKILL to the process group: "died", variables lost
+What a kernel says is taken for data: its words decide what a result tells and never what is done
+to the machine. How a process ended is asked of the system (exit status, the cgroup's events).
 
-Invariant: once ``aclose`` or a cancelled ``run`` is over, the kernel's process group is gone.
+Invariant: once ``aclose`` or a cancelled ``run`` is over, no process of the sandbox is left.
 """
 
 from __future__ import annotations
 
-import logging
+import asyncio
+import contextlib
 import os
+import secrets
 import shutil
-import signal
-import sys
-import tempfile
 import time
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
-from queue import Empty
-from subprocess import DEVNULL
 from typing import TYPE_CHECKING, Any, Literal
 
 import anyio
 
-from swarm_sdk.errors import ConfigError, SandboxDied
+from swarm_sdk.errors import SandboxDied
+from swarm_sdk.tools.sandbox.egress import Proxy
+from swarm_sdk.tools.sandbox.files import InputFolder, Outputs, check_file_names, collect
+from swarm_sdk.tools.sandbox.host import Host, Process
+from swarm_sdk.tools.sandbox.launcher import ready_zygote
+from swarm_sdk.tools.sandbox.levels import DEFAULT_SETTINGS, SandboxSettings
 from swarm_sdk.tools.sandbox.output import CellOutput
-from swarm_sdk.tools.sandbox.protocol import CellResult, CellStatus
+from swarm_sdk.tools.sandbox.protocol import CellResult, CellStatus, JournalEntry
+from swarm_sdk.tools.sandbox.wire import Heard, Wire
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from swarm_sdk.types import Image
 
-_MAX_SOCKET_PATH = 100
-_POLL_S = 0.25
-_KEPT_VARIABLES = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "LD_LIBRARY_PATH", "PYTHONPATH")
-_KERNEL_SETTINGS = (
-    "--HistoryManager.enabled=False",
-    "--InteractiveShell.colors=NoColor",
-    "--InteractiveShell.xmode=Plain",
-    "--IPKernelApp.log_level=CRITICAL",
-)
-_QUIET = logging.getLogger("swarm_sdk.sandbox.jupyter")
-_QUIET.addHandler(logging.NullHandler())
-_QUIET.propagate = False
-_CellEnd = Literal["over", "late", "quit", "dead"]
-_WHY_DIED: dict[_CellEnd, str] = {
-    "late": "the cell did not stop after {:g} s and its process was killed",
-    "quit": "the cell ended the process",
-    "dead": "the process died",
-}
+MAX_CELL_BYTES = 96 * 2**20
+"""Bytes that one cell's messages may have together; more than a kernel of ours ever sends."""
+BUSY_S = 10.0
+"""Longest time until a kernel says that it began."""
+IDLE_S = 3.0
+"""Longest time between the reply to a cell and the end of its output."""
+GREETING_S = 0.25
+"""Longest time that we wait for a kernel's greeting before we ask it something."""
+MAX_JOURNAL = 10_000
+_End = Literal["over", "late", "flood", "dead", "hang", "quit"]
 _LOST = "the Python process was restarted: variables are lost, files are kept"
-_RESET = """
-import gc as _gc, os as _os, sys as _sys
-_sys.modules.get("matplotlib.pyplot") and _sys.modules["matplotlib.pyplot"].close("all")
-_os.chdir({work!r}); _os.environ["HOME"] = {work!r}
-get_ipython().run_line_magic("reset", "-f")
-"""
+_DEAF = (
+    "the Python process no longer answered and was restarted: variables are lost, files are kept"
+)
+
+
+class _Cell:
+    """What has been heard of one request."""
+
+    def __init__(self, request: str, output: CellOutput, num_oom: int) -> None:
+        self.request = request
+        self.output = output
+        self.num_oom = num_oom
+        """Processes killed for memory before it."""
+        self.reply: Mapping[str, Any] | None = None
+        self.is_idle = False
+        self.has_begun = False
+        self.num_bytes = 0
+
+    def hear(self, heard: Heard | None) -> None:
+        """Take in a message of any kind."""
+        if heard is None:
+            return
+        self.num_bytes += heard.num_bytes
+        if heard.parent != self.request:
+            return
+        self.has_begun = True
+        if heard.kind == "execute_reply":
+            self.reply = self.reply or heard.content
+        elif heard.kind == "status":
+            self.is_idle = self.is_idle or heard.content.get("execution_state") == "idle"
+        elif not self.is_idle:
+            self.output.add(heard.kind, heard.content)
+
+    @property
+    def told(self) -> Mapping[str, Any]:
+        """What our own kernel adds to a reply."""
+        told = (self.reply or {}).get("swarm")
+        return told if isinstance(told, dict) else {}
+
+    @property
+    def variables(self) -> tuple[str, ...]:
+        """Names in the session after the cell."""
+        names = self.told.get("variables")
+        found = names if isinstance(names, list) else []
+        return tuple(name for name in found[:64] if isinstance(name, str) and name.isidentifier())
+
+    @property
+    def asks_to_exit(self) -> bool:
+        """Whether the cell called ``quit()``: the process ends shortly after such a reply."""
+        payloads = (self.reply or {}).get("payload")
+        found = payloads if isinstance(payloads, list) else []
+        return any(isinstance(one, dict) and one.get("source") == "ask_exit" for one in found)
 
 
 class KernelSandbox:
     """One IPython kernel; an async context manager that starts it and ends it.
 
     Args:
-        files: written into the working directory under their names.
+        files: read-only under their names in the working directory.
+        settings: what the code may use; isolated as far as the machine can, at least L1.
         max_chars: most characters of text that a cell gives back.
         start_timeout_s: how long the kernel may take to start.
         interrupt_grace_s: how long an interrupted cell may take to stop before it is killed.
+        seed: of ``random`` and ``numpy.random``, the same after a restart; drawn unless given.
+        host: what starts kernels: this process's fork-server, or ``ContainerHost(…).ready``.
 
     Raises:
         ConfigError: a file's name is not a plain name, or is given twice.
@@ -81,34 +126,43 @@ class KernelSandbox:
         self,
         files: Sequence[Image] = (),
         *,
+        settings: SandboxSettings = DEFAULT_SETTINGS,
         max_chars: int = 4000,
         start_timeout_s: float = 60.0,
         interrupt_grace_s: float = 2.0,
+        seed: int | None = None,
+        host: Callable[[], Awaitable[Host]] = ready_zygote,
     ) -> None:
         check_file_names(files)
-        self._files = files
+        self.files: tuple[Image, ...] = tuple(files)
+        """Files given so far."""
+        self.settings: SandboxSettings = settings
+        self.seed: int = secrets.randbits(63) if seed is None else seed
         self._max_chars = max_chars
         self._start_timeout_s = start_timeout_s
         self._interrupt_grace_s = interrupt_grace_s
+        self._name = f"k{secrets.token_hex(6)}"
         self._lock = anyio.Lock()
-        self._root: Path | None = None
-        self._work = Path()
-        self._num_resets = 0
-        self._manager: Any = None
-        self._client: Any = None
+        self._host = host
+        self._zygote: Host | None = None
+        self._process: Process | None = None
+        self._wire: Wire | None = None
+        self._proxy: Proxy | None = None
+        self._inputs: InputFolder | None = None
         self._is_closed = False
-        self._has_lost_variables = False
+        self._is_interrupted = False
+        self._variables: tuple[str, ...] = ()
+        self._journal: list[JournalEntry] = []
 
     async def __aenter__(self) -> KernelSandbox:
         """Start the kernel.
 
         Raises:
-            ConfigError: jupyter_client or ipykernel is not installed.
+            ConfigError: jupyter_client or ipykernel is not installed, or the machine does not give
+                the isolation asked for.
             SandboxDied: the kernel does not start.
         """
         try:
-            self._make_folders()
-            await self.put(self._files)
             await self._start()
         except BaseException:
             await self.aclose()
@@ -121,251 +175,367 @@ class KernelSandbox:
 
     @property
     def pid(self) -> int | None:
-        """The kernel's process, which leads its process group; ``None`` where there is none."""
-        provisioner = self._manager.provisioner if self._manager is not None else None
-        return provisioner.pid if provisioner is not None and provisioner.has_process else None
+        """The kernel's process; ``None`` where there is none."""
+        process = self._process
+        return process.pid if process is not None and process.is_alive else None
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the kernel's process runs."""
+        return self._process is not None and self._process.is_alive
+
+    @property
+    def isolation(self) -> str:
+        """The level that holds, ``L3`` … ``L0``."""
+        return self._zygote.isolation.name if self._zygote is not None else ""
+
+    @property
+    def journal(self) -> tuple[JournalEntry, ...]:
+        """The cells that were run, in their order."""
+        return tuple(self._journal)
+
+    @property
+    def variables(self) -> tuple[str, ...]:
+        """Names in the session after its last cell, at most 64."""
+        return self._variables
+
+    def twin(self) -> KernelSandbox:
+        """A sandbox of the same files, settings and seed, not started."""
+        return KernelSandbox(
+            self.files,
+            settings=self.settings,
+            max_chars=self._max_chars,
+            start_timeout_s=self._start_timeout_s,
+            interrupt_grace_s=self._interrupt_grace_s,
+            seed=self.seed,
+            host=self._host,
+        )
+
+    @property
+    def memory_bytes(self) -> int:
+        """Memory that the sandbox uses and shares with no other."""
+        process = self._process
+        if process is None or not process.is_alive:
+            return 0
+        if process.cgroup is not None:
+            return process.cgroup.memory_bytes()
+        return unshared_bytes(process.pid)
 
     async def run(self, code: str, *, timeout_s: float) -> CellResult:
         """Run one cell; see ``Sandbox.run``."""
         async with self._lock:
-            if self._is_closed or self._root is None:
+            if self._is_closed:
                 raise SandboxDied("the sandbox is closed; no more code can run in it")
-            if not await self._is_alive():
-                self._has_lost_variables = True
+            output = CellOutput(
+                code, max_chars=self._max_chars, max_pixels=self.settings.max_pixels
+            )
+            if not self.is_alive:
                 await self._end_kernel()
                 await self._start()
-            output = CellOutput(code, max_chars=self._max_chars)
-            if self._has_lost_variables:
                 output.note(_LOST)
-                self._has_lost_variables = False
+            self._is_interrupted = False
             started = time.perf_counter()
             try:
-                status = await self._run_cell(code, output, timeout_s)
+                result = await self._run_cell(code, output, timeout_s)
             except BaseException:
                 await self._end_kernel()
                 raise
+            if len(self._journal) < MAX_JOURNAL:
+                self._journal.append(JournalEntry(code, result[0]))
+            status, lost = result
             return CellResult(
                 status=status,
                 text=output.text,
                 images=output.images,
                 num_dropped_chars=output.num_dropped_chars,
                 wall_s=time.perf_counter() - started,
+                has_state=self.is_alive,
+                lost_variables=lost,
+                isolation=self.isolation,
             )
 
-    async def put(self, files: Sequence[Image]) -> None:
-        """Write files into the working directory.
+    def put(self, files: Sequence[Image]) -> None:
+        """Give files; the next cell finds them in its working directory.
 
         Raises:
             ConfigError: as ``KernelSandbox``.
         """
-        check_file_names(files)
-        for file in files:
-            if file.name:
-                await anyio.Path(self._work, file.name).write_bytes(file.data)
+        assert self._inputs is not None
+        self._inputs.put(files)
+        names = {file.name for file in files}
+        self.files = (*(file for file in self.files if file.name not in names), *files)
 
-    async def reset(self) -> None:
-        """Forget all variables and go to a new, empty working directory.
-
-        Imported modules and whatever code did to them stay, so this isolates nothing.
+    def outputs(
+        self,
+        *,
+        max_files: int = 100,
+        max_file_bytes: int = 16 * 2**20,
+        max_total_bytes: int = 64 * 2**20,
+    ) -> Outputs:
+        """Files that cells wrote into the working directory; see ``collect``.
 
         Raises:
-            SandboxDied: the kernel is gone or does not answer.
+            SandboxDied: there is no kernel.
         """
-        left = self._work
-        self._num_resets += 1
-        self._make_folders()
-        result = await self.run(_RESET.format(work=str(self._work)), timeout_s=10.0)
-        if result.status != "ok" or result.text:
-            raise SandboxDied(f"the sandbox could not be reset: {result.text}")
-        shutil.rmtree(left, ignore_errors=True)
+        if self._process is None:
+            raise SandboxDied("the sandbox has no process whose files could be read")
+        home = os.open("home", os.O_RDONLY | os.O_DIRECTORY, dir_fd=self._process.folder)
+        try:
+            return collect(
+                home,
+                max_files=max_files,
+                max_file_bytes=max_file_bytes,
+                max_total_bytes=max_total_bytes,
+            )
+        finally:
+            os.close(home)
+
+    def interrupt(self) -> None:
+        """Interrupt the cell that runs; its result has status ``interrupted``."""
+        if self._process is not None:
+            self._is_interrupted = True
+            self._process.interrupt()
 
     async def aclose(self) -> None:
         """End the kernel and delete its files."""
         self._is_closed = True
         with anyio.CancelScope(shield=True):
             await self._end_kernel()
-            if self._root is not None:
-                shutil.rmtree(self._root, ignore_errors=True)
+            if self._zygote is not None:
+                await self._zygote.forget(self._name)
+            if self._inputs is not None:
+                shutil.rmtree(self._inputs.path, ignore_errors=True)
 
-    async def _run_cell(self, code: str, output: CellOutput, timeout_s: float) -> CellStatus:
-        request = self._client.execute(code, allow_stdin=False)
-        end = await self._collect(request, output, timeout_s)
+    # -- one cell ----------------------------------------------------------------------------------
+
+    async def _run_cell(
+        self, code: str, output: CellOutput, timeout_s: float
+    ) -> tuple[CellStatus, tuple[str, ...]]:
+        cell = await self._execute(code, output)
+        first = end = await self._listen(cell, timeout_s)
+        if end == "hang" and not cell.has_begun:
+            # The session was lost before this cell: it has not run, so a new process runs it. (Of a
+            # process that died we cannot say so: the cell may have ended it before it was heard.)
+            await self._end_kernel()
+            await self._start()
+            output.note(_DEAF)
+            cell = await self._execute(code, output)
+            first = end = await self._listen(cell, timeout_s)
+        assert self._process is not None
+        num_oom = cell.num_oom
+        for _ in range(2):
+            if end in ("late", "flood"):
+                self._process.interrupt()
+                cell.num_bytes = 0
+                end = await self._listen(cell, self._interrupt_grace_s / 2)
+        if end == "over" and cell.asks_to_exit:
+            first = end = "quit"
         if end == "over":
-            return "error" if output.has_error else "ok"
-        if end == "late":
-            await self._manager.interrupt_kernel()
-            if await self._collect(request, output, self._interrupt_grace_s) == "over":
-                output.note(f"stopped after {timeout_s:g} s; variables are kept")
-                return "timeout"
-        output.note(f"{_WHY_DIED[end].format(timeout_s)}: variables are lost, files are kept")
-        await self._end_kernel()
-        return "died"
+            self._variables = cell.variables
+            status = self._told_status(cell, first, timeout_s)
+            if self._process.oom_kills() > num_oom:
+                output.note(f"a process of the cell was killed: {self._memory()} were used up")
+            return status, ()
+        return await self._loss_of(cell, first, timeout_s, num_oom)
 
-    async def _collect(self, request: str, output: CellOutput, timeout_s: float) -> _CellEnd:
-        """Take in the cell's messages until its end, or until there is nothing to wait for."""
-        with anyio.move_on_after(timeout_s):
-            is_idle = False
-            while not is_idle:
-                try:
-                    message = await self._client.get_iopub_msg(timeout=_POLL_S)
-                except Empty:
-                    if not await self._is_alive():
-                        return "dead"
-                    continue
-                await anyio.lowlevel.checkpoint()
-                if message["parent_header"].get("msg_id") != request:
-                    continue
-                kind, content = message["msg_type"], message["content"]
-                is_idle = kind == "status" and content.get("execution_state") == "idle"
-                output.add(kind, content)
-            while True:
-                reply = await self._client.get_shell_msg()
-                if reply["parent_header"].get("msg_id") == request:
-                    return "quit" if _asks_to_exit(reply["content"]) else "over"
-        return "late"
+    async def _execute(self, code: str, output: CellOutput) -> _Cell:
+        assert self._process is not None
+        assert self._wire is not None
+        num_oom = self._process.oom_kills()
+        request = await self._wire.send(
+            "execute_request",
+            {
+                "code": code,
+                "silent": False,
+                "store_history": True,
+                "user_expressions": {},
+                "allow_stdin": False,
+                "stop_on_error": False,
+            },
+        )
+        return _Cell(request, output, num_oom)
+
+    def _told_status(self, cell: _Cell, end: _End, timeout_s: float) -> CellStatus:
+        """Why a cell ended whose process lives on."""
+        if end == "late":
+            cell.output.note(f"stopped after {timeout_s:g} s; variables are kept")
+            return "wall_timeout"
+        if end == "flood" or cell.told.get("is_over_limit") is True:
+            cell.output.note("stopped for printing too much; variables are kept")
+            return "output_limit"
+        if self._is_interrupted:
+            return "interrupted"
+        reply = cell.reply or {}
+        is_error = cell.output.has_error or reply.get("status") == "error"
+        return "error" if is_error else "ok"
+
+    async def _loss_of(
+        self, cell: _Cell, end: _End, timeout_s: float, num_oom: int
+    ) -> tuple[CellStatus, tuple[str, ...]]:
+        """End the kernel, and tell why and what went with it."""
+        process = self._process
+        assert process is not None
+        if not process.is_alive and process.oom_kills() > num_oom:
+            status: CellStatus = "oom"
+            why = f"{self._memory()} were used up and the process was killed"
+        elif end == "quit":
+            status, why = "died", "the cell ended the process"
+        elif end == "late":
+            status = "wall_timeout"
+            why = f"the cell did not stop after {timeout_s:g} s and its process was killed"
+        elif end == "flood":
+            status, why = "output_limit", "the cell did not stop printing and was killed"
+        elif end == "hang":
+            status, why = "hang", "the process no longer answered and was killed"
+        else:
+            status, why = "died", f"the process died ({process.ending()})"
+        lost = self._variables
+        names = f" ({', '.join(lost[:20])}{', …' if len(lost) > 20 else ''})" if lost else ""
+        cell.output.note(f"{why}: variables are lost{names}, files are kept")
+        await self._end_kernel()
+        return status, lost
+
+    def _memory(self) -> str:
+        return f"the sandbox's {self.settings.memory_mb} MB of memory"
+
+    async def _listen(self, cell: _Cell, timeout_s: float) -> _End:
+        """Take in messages until the cell's end, or until there is nothing to wait for."""
+        assert self._process is not None
+        assert self._wire is not None
+        wire, pidfd, ends = self._wire, self._process.pidfd, list[_End]()
+        loop = asyncio.get_running_loop()
+        timers: list[asyncio.TimerHandle] = []
+
+        try:
+            async with anyio.create_task_group() as group:
+
+                def stop(end: _End) -> None:
+                    ends.append(end)
+                    group.cancel_scope.cancel()
+
+                def check_begun() -> None:
+                    if not cell.has_begun:
+                        stop("hang")
+
+                async def outputs() -> None:
+                    while not cell.is_idle:
+                        cell.hear(await wire.heard_iopub())
+                        if cell.num_bytes > MAX_CELL_BYTES:
+                            stop("flood")
+                            return
+                        await anyio.lowlevel.checkpoint()
+                    if cell.reply is None:
+                        await anyio.sleep(IDLE_S)
+                    stop("over" if cell.reply is not None else "hang")
+
+                async def replies() -> None:
+                    while cell.reply is None:
+                        cell.hear(await wire.heard_shell())
+                    if not cell.is_idle:
+                        await anyio.sleep(IDLE_S)
+                    # Outputs that do not reach us would make "ok" a lie.
+                    stop("over" if cell.is_idle else "hang")
+
+                async def death() -> None:
+                    await anyio.wait_readable(pidfd)
+                    with anyio.move_on_after(0.05):  # what it said last
+                        while True:
+                            cell.hear(await wire.heard_iopub())
+                    stop("dead")
+
+                timers.append(loop.call_later(timeout_s, stop, "late"))
+                timers.append(loop.call_later(BUSY_S, check_begun))
+                for task in (outputs, replies, death):
+                    group.start_soon(task)
+        finally:
+            for timer in timers:
+                timer.cancel()
+        return ends[0]
+
+    # -- the process -------------------------------------------------------------------------------
 
     async def _start(self) -> None:
-        try:
-            from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
-            from jupyter_client.manager import AsyncKernelManager
-        except ImportError as error:
-            raise ConfigError(
-                "code needs jupyter_client; install it with: pip install 'swarm-sdk[sandbox]'"
-            ) from error
-
-        class ThisPython(KernelSpecManager):
-            """Knows one kernel: ipykernel in the Python that runs this."""
-
-            def get_kernel_spec(self, kernel_name: str) -> Any:
-                argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-                return KernelSpec(argv=argv, display_name=kernel_name, language="python")
-
-        assert self._root is not None
-        connection_file = Path(tempfile.mkdtemp(prefix="k", dir=self._root / "run"), "c.json")
-        if len(str(connection_file)) > _MAX_SOCKET_PATH:
-            raise ConfigError(
-                f"the folder for temporary files '{tempfile.gettempdir()}' has too long a name for "
-                "Unix sockets; set TMPDIR to a shorter one"
-            )
-        self._manager = AsyncKernelManager(
-            kernel_spec_manager=ThisPython(),
-            kernel_name="python3",
-            transport="ipc",
-            connection_file=str(connection_file),
-            log=_QUIET,
-        )
+        zygote = await self._host()
+        if self._zygote is not None and zygote is not self._zygote:
+            self._inputs = None  # the files lie with a server that is gone
+        is_new = self._inputs is None
+        self._zygote = zygote
+        if self._inputs is None:
+            self._inputs = InputFolder(Path(zygote.inputs_folder, self._name))
         try:
             with anyio.fail_after(self._start_timeout_s):
-                await self._launch()
+                await self._launch(zygote, self._inputs)
         except TimeoutError as error:
             raise SandboxDied(
                 f"the sandbox did not start within {self._start_timeout_s:g} s; try again"
             ) from error
-        except OSError as error:
-            raise SandboxDied(f"the sandbox could not start: {error}") from error
+        if is_new:
+            self.put(self.files)
 
-    async def _launch(self) -> None:
+    async def _launch(self, zygote: Host, inputs: InputFolder) -> None:
+        key = secrets.token_hex(16)
         try:
-            await self._manager.start_kernel(
-                extra_arguments=list(_KERNEL_SETTINGS),
-                env=self._environment(),
-                cwd=str(self._work),
-                stdin=DEVNULL,
-                stdout=DEVNULL,
-                stderr=DEVNULL,
+            self._process = await zygote.launch(
+                self._name, key, self.settings, inputs=str(inputs.path), seed=self.seed
             )
-            self._client = self._manager.client()
-            self._client.start_channels(stdin=False, hb=False, control=False)
-            await self._wait_ready()
+            await self._process.wait_ready()
+            if self._process.listener is not None:
+                self._proxy = Proxy(self.settings.hosts)
+                await self._proxy.serve(self._process.listener)
+            self._wire = Wire(f"ipc:///proc/self/fd/{self._process.folder}/run/s", key.encode())
+            await self._until_heard(self._wire)
         except BaseException:
-            await self._end_kernel()
+            with anyio.CancelScope(shield=True):
+                await self._end_kernel()
             raise
 
-    async def _wait_ready(self) -> None:
-        """Wait until the kernel answers and we see its messages (late subscribers miss some)."""
-        while True:
-            request = self._client.kernel_info()
-            try:
-                while True:
-                    reply = await self._client.get_shell_msg(timeout=1.0)
-                    if reply["parent_header"].get("msg_id") == request:
-                        break
-                while True:
-                    message = await self._client.get_iopub_msg(timeout=0.2)
-                    if message["parent_header"].get("msg_id") == request:
-                        return
-            except Empty:
-                if not await self._is_alive():
-                    raise SandboxDied(
-                        "the sandbox's Python process ended while it started; is ipykernel "
-                        "installed (pip install 'swarm-sdk[sandbox]')?"
-                    ) from None
+    async def _until_heard(self, wire: Wire) -> None:
+        """Wait until outputs reach us, or for the end of the process.
 
-    async def _is_alive(self) -> bool:
-        return self._manager is not None and await self._manager.is_alive()
+        A kernel greets who listens, but its thread can miss that somebody does (zmq tells of new
+        events only once); a question makes it speak.
+
+        Raises:
+            SandboxDied: it ended.
+        """
+        assert self._process is not None
+        process = self._process
+        is_heard = False
+        async with anyio.create_task_group() as group:
+
+            async def watch() -> None:
+                await anyio.wait_readable(process.pidfd)
+                group.cancel_scope.cancel()
+
+            group.start_soon(watch)
+            while not is_heard:
+                with anyio.move_on_after(GREETING_S):
+                    await wire.heard_iopub()
+                    is_heard = True
+                if not is_heard:
+                    await wire.send("kernel_info_request", {})
+            group.cancel_scope.cancel()
+        if not is_heard:
+            raise SandboxDied(f"the sandbox ended while it started ({process.ending()})")
 
     async def _end_kernel(self) -> None:
-        """Kill the process group, reap the process, close the sockets."""
-        manager, client = self._manager, self._client
-        self._kill_group()
-        self._manager = self._client = None
-        with anyio.CancelScope(shield=True):
-            if client is not None:
-                client.stop_channels()
-            if manager is not None and manager.has_kernel:
-                await manager.shutdown_kernel(now=True)
-            elif manager is not None:
-                await manager.cleanup_resources()
-
-    def _kill_group(self) -> None:
-        if self.pid is not None:
-            try:
-                os.killpg(self.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                return
-
-    def _make_folders(self) -> None:
-        if self._root is None:
-            self._root = Path(tempfile.mkdtemp(prefix="swarm-")).resolve()
-            (self._root / "run").mkdir()
-        self._work = self._root / (f"work{self._num_resets}" if self._num_resets else "work")
-        self._work.mkdir()
-
-    def _environment(self) -> dict[str, str]:
-        """Give what code may see of our environment: no keys, no tokens."""
-        kept = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
-        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        return {
-            **kept,
-            "HOME": str(self._work),
-            "IPYTHONDIR": f"{self._root}/run/ipython",
-            "JUPYTER_RUNTIME_DIR": f"{self._root}/run",
-            "MPLCONFIGDIR": str(caches / "swarm-sdk" / "matplotlib"),
-            "OMP_NUM_THREADS": "1",
-            "OPENBLAS_NUM_THREADS": "1",
-            "PYDEVD_DISABLE_FILE_VALIDATION": "1",
-            "PYTHONDONTWRITEBYTECODE": "1",
-            "PYTHONWARNINGS": "ignore:To exit:UserWarning",
-        }
+        self._variables = ()
+        wire, self._wire = self._wire, None
+        if wire is not None:
+            wire.close()
+        proxy, self._proxy = self._proxy, None
+        if proxy is not None:
+            await proxy.aclose()
+        process, self._process = self._process, None
+        if process is not None:
+            with anyio.CancelScope(shield=True):
+                await process.end()
+            process.close()
 
 
-def _asks_to_exit(reply: Mapping[str, Any]) -> bool:
-    """Whether the cell called ``quit()``: the process ends shortly after such a reply."""
-    return any(payload.get("source") == "ask_exit" for payload in reply.get("payload", ()))
-
-
-def check_file_names(files: Sequence[Image]) -> None:
-    """Refuse names that are not plain file names.
-
-    Raises:
-        ConfigError: a name holds a folder or control characters, or is given twice.
-    """
-    seen = set()
-    for name in (file.name for file in files if file.name):
-        if name in (".", "..") or len(name.encode()) > 255 or "/" in name or "\\" in name:
-            raise ConfigError(f"'{name}' is not a plain file name; give the file a name alone")
-        if not name.isprintable():
-            raise ConfigError(f"{name!r} holds characters that a file name cannot have; rename it")
-        if name in seen:
-            raise ConfigError(f"two files are named '{name}'; rename one of them")
-        seen.add(name)
+def unshared_bytes(pid: int) -> int:
+    """Memory of a process that no other shares; 0 where it cannot be read."""
+    with contextlib.suppress(OSError):
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
+    return 0

@@ -13,6 +13,7 @@ import binascii
 import re
 from typing import TYPE_CHECKING, Any
 
+from swarm_sdk.tools.sandbox.png import BadPicture, checked
 from swarm_sdk.types import Image
 
 if TYPE_CHECKING:
@@ -20,10 +21,14 @@ if TYPE_CHECKING:
 
 MAX_IMAGES = 8
 MAX_IMAGE_BYTES = 8 * 2**20
-_PNG = b"\x89PNG\r\n\x1a\n"
+MAX_PIXELS = 16384 * 14 * 14
+"""Pixels of a picture that is taken from a kernel: the patches of the report's processor."""
+_CUT_TYPE = "application/x-swarm-cut"
+_HANDLE = re.compile(r"shown-\d{1,3}\.png")
+_PALETTE = re.compile(r"[#0-9a-f %,]{0,120}")
 _ESCAPE = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)|[@-_])")
 _CELL_FILE = re.compile(r" \(\d+\.py, line \d+\)$")
-_CELL_LINE = re.compile(r"Cell In\[(\d+)\], line (\d+)")
+_CELL_LINE = re.compile(r"Cell In\[(\d+)\], line ([0-9]{1,9})")
 
 
 class ClippedText:
@@ -52,6 +57,12 @@ class ClippedText:
         self._num_dropped += max(0, len(tail) - self._max_tail)
         self._tail = tail[max(0, len(tail) - self._max_tail) :]
 
+    def skip(self, count: int) -> None:
+        """Count ``count`` characters that were cut before they came; the head ends here."""
+        self._max_head = len(self._head)
+        self._num_dropped += len(self._tail) + count
+        self._tail = ""
+
     def __str__(self) -> str:
         if not self._num_dropped:
             return self._head + self._tail
@@ -64,10 +75,12 @@ class CellOutput:
     Args:
         code: the cell, to quote the line that raised.
         max_chars: most characters of text that are kept.
+        max_pixels: largest picture that is taken.
     """
 
-    def __init__(self, code: str, *, max_chars: int) -> None:
+    def __init__(self, code: str, *, max_chars: int, max_pixels: int = MAX_PIXELS) -> None:
         self._code = code
+        self._max_pixels = max_pixels
         self._text = ClippedText(max_chars)
         self._ends_line = True
         self._images: list[Image] = []
@@ -93,11 +106,12 @@ class CellOutput:
     def add(self, kind: str, content: Mapping[str, Any]) -> None:
         """Take in a message of the Jupyter protocol; kinds that show nothing are ignored."""
         if kind == "execute_input":
-            self._execution_count = content.get("execution_count", 0)
+            count = content.get("execution_count", 0)
+            self._execution_count = count if isinstance(count, int) else 0
         elif kind == "stream":
             self._write(str(content.get("text", "")))
         elif kind in ("display_data", "execute_result"):
-            self._show(content.get("data", {}))
+            self._show(_object(content.get("data")), _object(content.get("metadata")))
         elif kind == "error":
             self.has_error = True
             self._line(self._error(content))
@@ -106,34 +120,54 @@ class CellOutput:
         """Add a line of our own."""
         self._line(f"[{text}]")
 
-    def _show(self, data: Mapping[str, Any]) -> None:
+    def _show(self, data: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
+        cut = _object(data.get(_CUT_TYPE)).get("dropped")
+        if isinstance(cut, int) and 0 < cut < 2**63:
+            self._text.skip(cut)
+            return
         if "image/png" in data:
-            self._picture(str(data["image/png"]))
+            self._picture(str(data["image/png"]), _object(metadata.get("swarm")))
         if "text/plain" in data:
             self._line(str(data["text/plain"]))
 
-    def _picture(self, encoded: str) -> None:
+    def _picture(self, encoded: str, told: Mapping[str, Any]) -> None:
+        if len(self._images) >= MAX_IMAGES:
+            self.note(f"a picture was left out; a cell can show {MAX_IMAGES}")
+            return
+        if len(encoded) > MAX_IMAGE_BYTES * 3 // 2:
+            self.note(f"a picture of {len(encoded)} bytes was left out; make it smaller")
+            return
         try:
             decoded = base64.b64decode("".join(encoded.split()), validate=True)
+            picture, width, height = checked(decoded, max_pixels=self._max_pixels)
+        except BadPicture as error:
+            self.note(f"a picture was left out: {error}")
         except (binascii.Error, ValueError):
-            decoded = b""
-        if not decoded.startswith(_PNG):
-            self.note("a picture that is no PNG was left out")
-        elif len(decoded) > MAX_IMAGE_BYTES:
-            self.note(f"a picture of {len(decoded)} bytes was left out; make it smaller")
-        elif len(self._images) >= MAX_IMAGES:
-            self.note(f"a picture was left out; a cell can show {MAX_IMAGES}")
+            self.note("a picture was left out: it is no PNG")
         else:
-            self._images.append(Image(decoded, "image/png"))
+            name, palette = str(told.get("name", "")), str(told.get("palette", ""))
+            description = f"{width} x {height} pixels"
+            if palette and _PALETTE.fullmatch(palette):
+                description += f", {palette}"
+            self._images.append(
+                Image(
+                    picture,
+                    "image/png",
+                    name if _HANDLE.fullmatch(name) else "",
+                    description=description,
+                )
+            )
 
     def _error(self, content: Mapping[str, Any]) -> str:
         """Give the exception on one line, and under it the line of the cell that raised."""
         value = _CELL_FILE.sub("", str(content.get("evalue", "")))
         first = f"{content.get('ename', 'Error')}: {value}".rstrip(": ")
-        trace = _ESCAPE.sub("", "\n".join(map(str, content.get("traceback", ()))))
+        traceback = content.get("traceback", ())
+        lines_of_trace = traceback if isinstance(traceback, list) else []
+        trace = _ESCAPE.sub("", "\n".join(map(str, lines_of_trace)))
         lines = self._code.splitlines()
         for count, number in reversed(_CELL_LINE.findall(trace)):
-            if int(count) == self._execution_count and 1 <= int(number) <= len(lines):
+            if count == str(self._execution_count) and 1 <= int(number) <= len(lines):
                 return f"{first}\n  line {number}: {lines[int(number) - 1].strip()}"
         return first
 
@@ -146,3 +180,8 @@ class CellOutput:
         if text:
             self._text.add(text)
             self._ends_line = text.endswith("\n")
+
+
+def _object(value: Any) -> Mapping[str, Any]:
+    """``value`` where it is a JSON object; an empty one for anything else."""
+    return value if isinstance(value, dict) else {}

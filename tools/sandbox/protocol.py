@@ -3,14 +3,18 @@
     async with start(files) as sandbox:        one agent's own, files in its working directory
         result = await sandbox.run(code, timeout_s=30)
 
-    status     the cell                              variables
-    ok         ended by itself                       kept
-    error      raised; ``text`` tells what           kept
-    timeout    was interrupted at its time limit     kept
-    died       took the process with it, or had      lost; the next cell gets a new process
-               to be killed at its time limit
+    status         the cell                                             variables
+    ok             ended by itself                                      kept
+    error          raised; ``text`` tells what                          kept
+    interrupted    was interrupted by the app                           kept
+    wall_timeout   was interrupted at its time limit, or killed there   kept, or lost
+    output_limit   printed more than it may, and was stopped            kept, or lost
+    oom            used up the memory: the process was killed           lost
+    hang           the process no longer answered and was killed        lost
+    died           took the process with it                             lost
 
-A plain local process and an isolated one look the same through this protocol.
+``has_state`` says which; after a loss the next cell gets a new process, and files are kept. An
+isolated kernel and one in a container look the same through this protocol.
 """
 
 from __future__ import annotations
@@ -22,7 +26,9 @@ from typing import Literal, Protocol
 
 from swarm_sdk.types import Image
 
-CellStatus = Literal["ok", "error", "timeout", "died"]
+CellStatus = Literal[
+    "ok", "error", "interrupted", "wall_timeout", "output_limit", "oom", "hang", "died"
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +42,20 @@ class CellResult:
     num_dropped_chars: int = 0
     """Characters cut out of the middle of ``text``."""
     wall_s: float = 0.0
+    has_state: bool = True
+    """Whether the session's variables are there for the next cell."""
+    lost_variables: tuple[str, ...] = ()
+    """Names that went with the process, as far as they are known."""
+    isolation: str = ""
+    """The level that held: ``L3`` … ``L0``; empty where nobody knows."""
+
+
+@dataclass(frozen=True, slots=True)
+class JournalEntry:
+    """One cell that was run, to run it again."""
+
+    code: str
+    status: CellStatus
 
 
 class Sandbox(Protocol):

@@ -36,6 +36,12 @@ def test_the_comparison_notices_a_difference(reference, tokenizer):
     assert chat.render_dialogue(messages, preserve_thinking=True, **args) != theirs
 
 
+def test_a_model_that_cannot_see_is_told_what_a_picture_holds(tokenizer, chat):
+    shown = Image(b"", name="shown-0.png", description="640 x 480 pixels, #ffffff 80 %")
+    text = tokenizer.decode(chat.render(Message("tool", "done", (shown,), tool_call_id="c")))
+    assert "[image shown-0.png: 640 x 480 pixels, #ffffff 80 %]\ndone" in text
+
+
 def test_each_role_has_its_header(tokenizer, chat):
     rendered = [
         chat.render(Message("system", "Be brief.")),

@@ -228,6 +228,23 @@ async def test_pictures_go_as_data_urls_and_those_of_tools_follow_the_last_resul
     ]
 
 
+async def test_a_model_that_cannot_see_reads_what_the_pictures_hold(wire):
+    shown = Image(b"png", name="shown-0.png", description="4 x 3 pixels, #ffffff 100 %")
+    calls = (("a", "ipython", "{}"),)
+    async with wire.serving(wire.says(None, calls=calls), wire.says("ok")) as server:
+        model = model_of(server, has_vision=False)
+        dialogue = model.dialogue([PYTHON])
+        dialogue.observe([Message("user", "Count them.", images=(PICTURE,))])
+        [made] = (await dialogue.sample(Sampling())).message.tool_calls
+        dialogue.observe([Message("tool", "drawn", images=(shown,), tool_call_id=made.id)])
+        await dialogue.sample(Sampling())
+        await model.aclose()
+    contents = [message["content"] for message in server.bodies[1]["messages"]]
+    assert contents[0] == "[image coins.png]\nCount them."
+    assert contents[2] == "[image shown-0.png: 4 x 3 pixels, #ffffff 100 %]\ndrawn"
+    assert len(contents) == 3
+
+
 async def test_a_recorded_answer_can_be_observed_again(wire):
     calls = (("call_x", "search", '{"q": "K2"}'),)
     async with wire.serving(wire.says("I look.", calls=calls), wire.says("ok")) as server:
