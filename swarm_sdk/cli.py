@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.table import Table
 
-from swarm_sdk.errors import ConfigError
+from swarm_sdk.errors import ConfigError, SwarmError
 from swarm_sdk.terminal import said_in_one_sentence
 from swarm_sdk.training import app as training_app
 

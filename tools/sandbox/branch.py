@@ -7,7 +7,7 @@ Replay, not a copy of the process: a kernel has threads (messages, heartbeat, wh
 started) and a fork keeps only the one that forks, with the locks of all others as they were. The
 seed of the session's random numbers and its files go with it, so that cells that depend on nothing
 outside give the same; where the outcome of a cell or the names in the session differ, the branch is
-refused and not handed out (docs/adr/0008-branches-replay-the-journal.md).
+refused and not handed out (docs/adr/0010-branches-replay-the-journal.md).
 """
 
 from __future__ import annotations
