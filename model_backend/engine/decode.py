@@ -69,6 +69,8 @@ class DecodeNetwork:
             [_pack_layer(cast("DecoderLayer", layer), packer) for layer in model.layers]
         )
         head_norm, head = packer.vector(model.norm.weight), packer.matrix(model.lm_head.weight)
+        self.max_rows: int = max_rows
+        """Of one step."""
         self.num_threads: int = min(torch.get_num_threads(), MAX_THREADS)
         num_pages = kv.shape[1] // page_size
         heads, padded_vocabulary = text.num_attention_heads, _padded(text.vocab_size)

@@ -63,6 +63,9 @@ class Runner:
     def run(self, chunks: List[Chunk]) -> list[tuple[int, float]]:
         """Compute the chunks, those of one token first; sample where a chunk ends its sequence."""
         fast, rest = self._split(chunks)
+        if self.decode_network is not None and len(fast) > self.decode_network.max_rows:
+            self.max_running = 2 * len(fast)
+            self.refresh_weights()
         results: dict[int, tuple[int, float]] = {}
         logits: list[Tensor] = []
         sampled: list[Chunk] = []

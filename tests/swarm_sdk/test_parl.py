@@ -85,7 +85,7 @@ def test_engine_and_trainer_agree_and_every_iteration_says_what_it_did(trained) 
         assert row["routing_disagreement"] <= 1e-3
     for row in rows:
         assert {"reward", "r_perf", "width", "critical_steps", "publish_ms", "drift"} <= row.keys()
-        assert row["drift"].keys() <= {"none", "retokenised", "cut"}
+        assert row["drift"].keys() <= {"none", "cut", "retokenised", "reread"}
         assert row["critical_steps"] <= SMALL.critical_steps
     assert rows[0]["lambda1"] > rows[-1]["lambda1"]
 

@@ -1,7 +1,7 @@
 """The ledger becomes branches, exports and counts of drift."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -53,7 +53,7 @@ def recorded(runs: Path, *steps: StepRecord, summary=None) -> Ledger:
     )
     ledger.begin_agent("e", agent)
     for step in steps:
-        ledger.append("e", step)
+        ledger.append("e", **{k: v for k, v in asdict(step).items() if k != "id"})
     ledger.end_episode("e", status="done", output="", summary=summary or {}, ended_ns=1)
     return ledger
 

@@ -334,11 +334,8 @@ def test_running_requests_go_on_with_new_weights_and_tell_which_drew_which_ids(r
     async def main():
         engine = EmbeddedEngine(reference.random_model(0), weight_version=3)
         running = [asyncio.ensure_future(engine.generate(p, sampling)) for p in prompts]
-        for _ in range(2_000):  # until some ids are of the old weights
-            await anyio.sleep(0.001)
-            if engine.num_computed_prompt_tokens >= 47:
-                break
-        await anyio.sleep(0.005)
+        while engine.num_computed_prompt_tokens < 47:  # until some ids are of the old weights
+            await anyio.lowlevel.checkpoint()
         await engine.update_weights(new.state_dict(), weight_version=4)
         results = [await one for one in running]
         await engine.aclose()
