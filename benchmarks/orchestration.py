@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import multiprocessing as mp
 import statistics
@@ -338,6 +339,7 @@ def measure_in_process(
                     continue
                 rounds = max(1, 4_000 // (size * NUM_CALLS))
                 runs = folder / f"{way.__name__}-{size}-{repeat}"
+                gc.collect()  # what another size left behind is not charged to this one
                 taken = [anyio.run(way, size, runs) for _ in range(rounds)]
                 if repeat >= 0:
                     steps = sum(steps for *_, steps in taken)
