@@ -11,7 +11,6 @@ written or continued, and ``fail_fast``: it ends with an ``AgentOutcome`` whose 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
@@ -41,6 +40,7 @@ from swarm_sdk.runtime.state import (
     AgentStatus,
     EpisodeState,
     LivingAgent,
+    seed_of,
 )
 from swarm_sdk.runtime.tool_calls import run_calls
 from swarm_sdk.traces.ledger import AgentRecord
@@ -343,8 +343,7 @@ class _AgentRun:
         """A seed of its own for each turn, the same in every run of the same episode seed."""
         if self.state.seed is None:
             return self.spec.sampling.seed
-        text = f"{self.state.seed}/{self.spec.path}#{stage}"
-        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+        return seed_of(f"{self.state.seed}/{self.spec.path}#{stage}")
 
     # -- what the final message must be, and what to do with a context that is too long ----------
 

@@ -13,7 +13,6 @@ section 3.3).
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections import deque
 from collections.abc import AsyncIterator, Iterable
 from contextlib import aclosing
@@ -27,7 +26,7 @@ from opentelemetry import trace
 from swarm_sdk.errors import ConfigError, LedgerError
 from swarm_sdk.runtime.environment import Environment, EnvTask, Rollout
 from swarm_sdk.runtime.episode import EpisodeSettings, Result, check_names, run_episode
-from swarm_sdk.runtime.state import Gate
+from swarm_sdk.runtime.state import Gate, seed_of
 from swarm_sdk.runtime.streaming import stream
 from swarm_sdk.runtime.tool_calls import first_of
 from swarm_sdk.traces.ledger import Ledger
@@ -38,8 +37,7 @@ _is_inside: ContextVar[bool] = ContextVar("swarm_sdk_rollout", default=False)
 
 def _seed(seed: int, environment: str, task: str, sample: int) -> int:
     """A seed of its own for each episode, the same in every run."""
-    text = f"{seed}/{environment}/{task}/{sample}"
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+    return seed_of(f"{seed}/{environment}/{task}/{sample}")
 
 
 class RolloutManager:

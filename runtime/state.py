@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -238,6 +239,11 @@ class LivingAgent:
             and not is_scope_cancelled()
         ):
             raise asyncio.CancelledError
+
+
+def seed_of(text: str) -> int:
+    """A seed of 32 bits, the same for the same text in every run."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
 
 
 def is_scope_cancelled() -> bool:

@@ -30,7 +30,6 @@ from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
@@ -347,9 +346,9 @@ class Ledger:
             execute = self._db.execute
             try:
                 execute("BEGIN IMMEDIATE")
-                single = [kind for kind in rows if kind not in _IN_BULK]
-                for row in chain.from_iterable(map(rows.__getitem__, single)):
-                    row.id = execute(row.statement, row.values).lastrowid or 0
+                for statement in [kind for kind in rows if kind not in _IN_BULK]:
+                    for row in rows[statement]:
+                        row.id = execute(statement, row.values).lastrowid or 0
                 for statement in _IN_BULK:
                     if statement in rows:
                         self._execute_many(statement, rows[statement])
