@@ -68,8 +68,13 @@ class Batch:
     figures: dict[str, float] = field(default_factory=dict)
     left_out: Counter[str] = field(default_factory=Counter)
     """Episodes that do not train, by reason."""
-    sentences: list[str] = field(default_factory=list)
-    """One for each reason: the first episode of it."""
+    sentences: dict[str, str] = field(default_factory=dict)
+    """Of each reason: what is said of its first episode."""
+
+    def leave_out(self, reason: str, sentence: str, num_episodes: int = 1) -> None:
+        """Count episodes that do not train."""
+        self.left_out[reason] += num_episodes
+        self.sentences.setdefault(reason, sentence)
 
     @property
     def samples(self) -> list[Sample]:
@@ -141,9 +146,7 @@ class BatchReader:
             if self.check is not None:
                 self.check(ledger, record)
         except NotTrainable as error:
-            if not batch.left_out[error.reason]:
-                batch.sentences.append(str(error))
-            batch.left_out[error.reason] += 1
+            batch.leave_out(error.reason, str(error))
             return None
         subtasks = read_subtasks(ledger, record.id)
         return _Seen(
@@ -167,10 +170,10 @@ class BatchReader:
     def _samples(self, read: Sequence[_Seen], iteration: int, batch: Batch) -> list[Sample]:
         if len(read) < 2:
             if read:
-                batch.left_out["group_of_one"] += 1
-                batch.sentences.append(
+                batch.leave_out(
+                    "group_of_one",
                     f"episode {read[0].record.id} is alone in its group: there is no mean to "
-                    "compare it with; record K >= 2 episodes a question"
+                    "compare it with; record K >= 2 episodes a question",
                 )
             return []
         rewards = [one.terms.total for one in read]
@@ -179,13 +182,13 @@ class BatchReader:
             question = str(read[0].record.settings.get("launch", {}).get("task", ""))
             rewards = self.toggle.rewards(question, iteration, rewards, lengths)
         if pstdev(rewards) < EQUAL:
-            if not batch.left_out["equal_rewards"]:
-                batch.sentences.append(
-                    f"episode {read[0].record.id} and the other {len(read) - 1} of its question "
-                    f"all have the reward {rewards[0]:g}: there is nothing to prefer; ask what is "
-                    "neither too easy nor too hard, or record more episodes of each question"
-                )
-            batch.left_out["equal_rewards"] += len(read)
+            batch.leave_out(
+                "equal_rewards",
+                f"episode {read[0].record.id} and the other {len(read) - 1} of its question "
+                f"all have the reward {rewards[0]:g}: there is nothing to prefer; ask what is "
+                "neither too easy nor too hard, or record more episodes of each question",
+                len(read),
+            )
             return []
         mean = fmean(rewards)
         return [

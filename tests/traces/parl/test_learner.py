@@ -220,7 +220,7 @@ def test_what_cannot_train_is_told_and_counted(ledger, change, reason, sentence)
     record(ledger, "odd", **({"ids": [([1], [2, 3])], "reward": 0.5} | change))
     batch = BatchReader(reward=NO_HELP, vocab_size=512).read(ledger, groups(ledger, 3), 0)
     assert dict(batch.left_out) == {reason: 1}
-    assert sentence in batch.sentences[0]
+    assert sentence in batch.sentences[reason]
     assert len(batch.samples) == 2
     assert batch.figures["episodes"] == 2
 
@@ -232,8 +232,8 @@ def test_groups_of_one_and_equal_rewards_give_no_samples_and_are_counted(ledger)
     batch = BatchReader(reward=NO_HELP).read(ledger, groups(ledger, 1, 3), 0)
     assert batch.groups == [[], []]
     assert dict(batch.left_out) == {"group_of_one": 1, "equal_rewards": 3}
-    assert "alone in its group" in batch.sentences[0]
-    assert "all have the reward 0.5: there is nothing to prefer" in batch.sentences[1]
+    assert "alone in its group" in batch.sentences["group_of_one"]
+    assert "all have the reward 0.5: there is nothing to prefer" in batch.sentences["equal_rewards"]
 
 
 def test_figures_tell_what_there_is_to_learn_from(ledger) -> None:
