@@ -48,12 +48,15 @@ SETTINGS = {
     "critical_steps": "9",  # alone: 2 N + 1 steps, so N <= 4; with sub-agents: 5 to 9 for any N
     "min_entities": "3",  # a third of the questions (3, 4) can be answered alone
     "max_entities": "8",
-    "max_tokens": "512",  # the longest turns that make sense have 400; the slowest is waited for
+    "max_tokens": "512",  # the longest turns that make sense have 400
+    "episode_tokens": "2500",  # and episodes of 8 entities 1,600, all agents together
+    "ahead": "4",  # questions more than a batch takes: nobody waits for the slowest episodes
     "anneal_steps": "10",  # the helpers are gone well before the end: what stays pays for itself
     "max_episodes": "256",
     "max_running": "256",
 }
-MINI = {"questions": "2", "samples": "3", "updates": "1", "max_entities": "4"}
+MINI = {"questions": "2", "samples": "3", "updates": "1", "max_entities": "4", "ahead": "0"}
+MINI |= {"max_running": "48"}
 ABLATIONS: dict[str, dict[str, str]] = {
     "none": {},
     "no-parallel": {"lambda1": "0"},
@@ -72,7 +75,7 @@ def main() -> None:
     parser.add_argument("--start", help="a checkpoint to train from; made here unless given")
     parser.add_argument("--serial-seconds", type=float, default=50, help="to make the start")
     parser.add_argument("--ablation", choices=list(ABLATIONS), default="none")
-    parser.add_argument("--steps", type=int, default=1_000, help="iterations at most")
+    parser.add_argument("--steps", type=int, default=15, help="iterations at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--n", type=int, default=80, help="held-out questions")
     parser.add_argument("--set", action="append", default=[], help="KEY=VALUE of ParlConfig")

@@ -28,6 +28,8 @@ from swarm_sdk.model_backend.model.rope import text_rotation
 from swarm_sdk.model_backend.model.vision import Projector, VisionTower
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from swarm_sdk.model_backend.model.config import KimiConfig, TextConfig
 
 
@@ -53,12 +55,17 @@ class DecoderLayer(nn.Module):
         rotation_TP: Tensor,
         attention: AttentionContext,
         chosen_experts: list[Tensor] | None = None,
+        replayed_experts: Iterator[Tensor] | None = None,
     ) -> Tensor:
         """Return the hidden states [T, D] after this layer."""
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rotation_TP, attention)
         normed_TD = self.post_attention_layernorm(x_TD)
         mlp_TD: Tensor = (
-            self.mlp(normed_TD, chosen_experts)
+            self.mlp(
+                normed_TD,
+                chosen_experts,
+                None if replayed_experts is None else next(replayed_experts),
+            )
             if isinstance(self.mlp, MixtureOfExperts)
             else self.mlp(normed_TD)
         )
@@ -88,21 +95,24 @@ class KimiModel(nn.Module):
         attention: AttentionContext,
         media: MediaBatch | Tensor | None = None,
         chosen_experts: list[Tensor] | None = None,
+        replayed_experts: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """Return the hidden states [T, D] after the final norm.
 
         ``positions_T`` count from 0 in each sequence. ``media`` fills the placeholders among
         ``token_ids_T`` in order: items to encode, or features [M, D] from ``encode_media``.
         The ids of the experts that each mixture layer chose, [T, K], are appended to
-        ``chosen_experts`` if it is given.
+        ``chosen_experts`` if it is given. ``replayed_experts``, such ids of another pass, are taken
+        instead of choosing.
 
         Raises:
             ConfigError: the number of placeholders differs from that of the media tokens.
         """
         x_TD = self._embed(token_ids_T, media)
         rotation_TP = text_rotation(positions_T, self.config.text_config)
+        replayed = None if replayed_experts is None else iter(replayed_experts)
         for layer in self.layers:
-            x_TD = layer(x_TD, rotation_TP, attention, chosen_experts)
+            x_TD = layer(x_TD, rotation_TP, attention, chosen_experts, replayed)
         y_TD: Tensor = self.norm(x_TD)
         return y_TD
 

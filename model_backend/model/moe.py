@@ -66,6 +66,14 @@ class Router(nn.Module):
         total_T1 = weights_TK.sum(dim=-1, keepdim=True) + 1e-20
         return expert_ids_TK, weights_TK * (self.routed_scaling_factor / total_T1)
 
+    def weigh(self, x_TD: Tensor, expert_ids_TK: Tensor) -> Tensor:
+        """Return the weights [T, K] (float32) of experts that were chosen elsewhere."""
+        with torch.autocast(x_TD.device.type, enabled=False):
+            scores_TE = functional.linear(x_TD.float(), self.weight.float()).sigmoid()
+        weights_TK = scores_TE.gather(1, expert_ids_TK)
+        total_T1 = weights_TK.sum(dim=-1, keepdim=True) + 1e-20
+        return weights_TK * (self.routed_scaling_factor / total_T1)
+
 
 class Experts(nn.Module):
     """The routed experts, stacked: ``gate_up_proj`` [E, 2I, D] and ``down_proj`` [E, D, I]."""
@@ -95,9 +103,20 @@ class MixtureOfExperts(nn.Module):
         shared_size = config.moe_intermediate_size * config.n_shared_experts
         self.shared_experts: SwiGLU = SwiGLU(config.hidden_size, shared_size)
 
-    def forward(self, x_TD: Tensor, chosen_experts: list[Tensor] | None = None) -> Tensor:
-        """Return the output [T, D]; append the chosen ids [T, K] to ``chosen_experts`` if given."""
-        expert_ids_TK, weights_TK = self.gate(x_TD)
+    def forward(
+        self,
+        x_TD: Tensor,
+        chosen_experts: list[Tensor] | None = None,
+        replayed_TK: Tensor | None = None,
+    ) -> Tensor:
+        """Return the output [T, D]; append the chosen ids [T, K] to ``chosen_experts`` if given.
+
+        ``replayed_TK`` are the ids to take instead of the router's choice.
+        """
+        if replayed_TK is None:
+            expert_ids_TK, weights_TK = self.gate(x_TD)
+        else:
+            expert_ids_TK, weights_TK = replayed_TK, self.gate.weigh(x_TD, replayed_TK)
         if chosen_experts is not None:
             chosen_experts.append(expert_ids_TK)
         y_TD: Tensor = self.experts(x_TD, expert_ids_TK, weights_TK) + self.shared_experts(x_TD)

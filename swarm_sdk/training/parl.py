@@ -40,6 +40,7 @@ from swarm_sdk.errors import ConfigError, LedgerError, NotTrainable
 from swarm_sdk.model_backend.chat.dialogue import TokenModel
 from swarm_sdk.model_backend.embedded import open_embedded
 from swarm_sdk.model_backend.engine.engine import EmbeddedEngine
+from swarm_sdk.model_backend.model.kimi import KimiModel
 from swarm_sdk.model_backend.weights.checkpoint import load, save
 from swarm_sdk.runtime.budget import Budget
 from swarm_sdk.runtime.environment import EnvTask
@@ -101,6 +102,8 @@ class Parl:
         """
         check_machine(config)
         make_environment(config)
+        if config.replay_routing and team.size > 1:
+            raise ConfigError("routing is replayed by one process only; leave replay_routing off")
         parl = cls(config, run, team)
         try:
             async with anyio.create_task_group() as tasks:
@@ -124,9 +127,7 @@ class Parl:
             figures = await self.step()
             say(self.iteration, self.config.steps, figures)
         self._checkpoint()
-        engine = self.policy.engine
-        assert isinstance(engine, EmbeddedEngine)  # it holds the learner's weights, whole
-        save(engine.model, self.journal.run / "model", dtype=torch.bfloat16)
+        save(self._served(), self.journal.run / "model", dtype=torch.bfloat16)
         self.policy.chat_format.tokenizer.save(self.journal.run / "model")
 
     async def step(self) -> dict[str, Any]:
@@ -138,7 +139,11 @@ class Parl:
         batch = self.reader.read(self.ledger, groups, self.iteration)  # rewards, advantages, ids
         routing = self._routing_disagreement(batch)  # while both have the same weights
         updates = [
-            self.learner.update(part, version=self.version if number == 0 else None)
+            self.learner.update(
+                part,
+                version=self.version if number == 0 else None,
+                replayed=self._served() if self.config.replay_routing else None,
+            )
             for number, part in enumerate(batch.split(self.config.updates))
         ]
         clock.lap("train_s")
@@ -228,6 +233,7 @@ class Parl:
                 critical_steps=config.critical_steps,
                 main_steps=config.main_steps,
                 sub_steps=config.sub_steps,
+                tokens=config.episode_tokens,
             ),
             sampling=Sampling(temperature=config.temperature, max_tokens=config.max_tokens),
             seed=config.seed,
@@ -262,11 +268,16 @@ class Parl:
         assert isinstance(engine, EmbeddedEngine)
         await engine.update_weights(self.learner.weights(), self.version)
 
-    def _routing_disagreement(self, batch: Batch) -> dict[str, float]:
+    def _served(self) -> KimiModel:
+        """The network that sampled: until ``publish``, with the weights that it sampled with."""
         engine = self.policy.engine
-        if self.team.size > 1 or not isinstance(engine, EmbeddedEngine):
+        assert isinstance(engine, EmbeddedEngine)
+        return engine.model
+
+    def _routing_disagreement(self, batch: Batch) -> dict[str, float]:
+        if self.team.size > 1:
             return {}  # a pass of one process alone would leave the others waiting
-        share = self.learner.routing_disagreement(engine.model, batch)
+        share = self.learner.routing_disagreement(self._served(), batch)
         return {} if share is None else {"routing_disagreement": share}
 
     def _open(self, directory: Path, name: str = "policy") -> TokenModel:
@@ -535,7 +546,9 @@ def replay(config: ParlConfig, source: Path, run: Path) -> list[dict[str, Any]]:
     config.save(run)
     start = checkpoint_directory(config.start)
     learner = Learner(load(start, dtype=torch.float32, device=config.device), config.learner())
-    policy = open_embedded(start)
+    policy = open_embedded(start, device=config.device, dtype=DTYPES[config.dtype])
+    assert isinstance(policy.engine, EmbeddedEngine)
+    served = policy.engine.model  # with the weights that sampled: one iteration behind the learner
     reader = batch_reader(config_of, policy)
     told: list[dict[str, Any]] = []
     batches = _batches_of(source) if has_batches else _groups_of(ledger, config.questions)
@@ -543,7 +556,10 @@ def replay(config: ParlConfig, source: Path, run: Path) -> list[dict[str, Any]]:
         raise LedgerError(f"'{source}' holds no episodes of an environment to train on")
     for iteration, groups in enumerate(batches[: config.steps]):
         batch = reader.read(ledger, records_of(ledger, groups), iteration)
-        updates = [learner.update(part) for part in batch.split(config.updates)]
+        replayed = served if config.replay_routing else None
+        updates = [learner.update(part, replayed=replayed) for part in batch.split(config.updates)]
+        if config.replay_routing:
+            served.load_state_dict(learner.weights(), strict=False)
         figures = {**batch.figures, **mean_figures(updates), **_left_out(batch)}
         journal.write_metrics(iteration, figures)
         say(iteration + 1, len(batches), figures)

@@ -187,17 +187,21 @@ def test_a_run_killed_in_the_middle_of_an_update_goes_on_with_the_same_losses(
 @pytest.mark.timeout(400)
 def test_with_questions_ahead_a_batch_is_the_first_that_are_complete(tmp_path: Path) -> None:
     config = replace(SMALL, steps=2, questions=1, samples=2, ahead=2, max_entities=2)
+    config = replace(config, replay_routing=True)
+    run = tmp_path / "run"
 
     async def main():
-        async with Parl.open(config, tmp_path) as parl:
+        async with Parl.open(config, run) as parl:
             await parl.train()
             return sorted(parl._open_questions)
 
     left = anyio.run(main)
     assert len(left) == 2
-    rows = [row["groups"] for row in read_rows(tmp_path / "batches.jsonl")]
+    rows = [row["groups"] for row in read_rows(run / "batches.jsonl")]
     assert [len(groups) for groups in rows] == [1, 1]
-    assert all(row["staleness"] in (0, 1) for row in metrics(tmp_path))
+    assert all(row["staleness"] in (0, 1) for row in metrics(run))
+    told = replay(config, run, tmp_path / "again")  # with the routing of each iteration's sampler
+    assert [row["loss"] for row in told] == [row["loss"] for row in metrics(run)]
 
 
 def test_settings_go_through_the_run_directory_and_wrong_ones_are_refused(tmp_path: Path) -> None:

@@ -107,6 +107,7 @@ class Learner:
         *,
         max_logits_YH: Tensor | None = None,
         chosen_experts: list[Tensor] | None = None,
+        replayed_experts: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """Log p_theta [X], float32, of the trained ids at the temperature that sampled them."""
         attention = FullAttention(
@@ -117,7 +118,12 @@ class Learner:
             logit_floor=self.config.optimizer.tau,
         )
         hidden_TD = self.model(
-            micro.ids_T, micro.positions_T, attention, self._media(micro), chosen_experts
+            micro.ids_T,
+            micro.positions_T,
+            attention,
+            self._media(micro),
+            chosen_experts,
+            replayed_experts,
         )
         hidden_XD = hidden_TD.index_select(0, micro.rows_X)
 
@@ -143,6 +149,7 @@ class Learner:
         *,
         version: int | None = None,
         num_questions: int | None = None,
+        replayed: KimiModel | None = None,
     ) -> tuple[dict[str, float], Tensor]:
         """Add the batch's gradient of minus eq. (1) to what is there; returns figures and logits.
 
@@ -150,6 +157,7 @@ class Learner:
             batch: whole groups.
             version: tokens of this policy version are compared with the engine's record.
             num_questions: over how many eq. (1) takes its mean, where the batch is a part.
+            replayed: the network that sampled, whose choice of experts is taken (routing replay).
         """
         device, team = self.device, self.team
         max_logits_YH = torch.full(self._max_logits_shape, -torch.inf, device=device)
@@ -162,8 +170,11 @@ class Learner:
         packed_batches += [empty_batch()] * (num_passes - len(packed_batches))
         for packed in packed_batches:
             micro = packed.to(device)
+            experts = None if replayed is None else self._chosen(replayed, micro)
             with torch.autocast(device.type, torch.bfloat16, enabled=self.config.autocast):
-                logprobs_X = self.logprobs(micro, max_logits_YH=max_logits_YH)
+                logprobs_X = self.logprobs(
+                    micro, max_logits_YH=max_logits_YH, replayed_experts=experts
+                )
             parts = policy_loss(
                 logprobs_X,
                 micro.sampled_logprobs_X,
@@ -205,13 +216,9 @@ class Learner:
             return None
         micro = micro_batches(Batch(groups=groups), ROUTING_TOKENS)[0].to(self.device)
         ours: list[Tensor] = []
-        theirs: list[Tensor] = []
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.autocast):
             self.logprobs(micro, chosen_experts=ours)
-        attention = FullAttention(
-            served.config.text_config, micro.seq_lens, prefix_of=micro.prefix_of
-        )
-        served(micro.ids_T, micro.positions_T, attention, self._media(micro), theirs)
+        theirs = self._chosen(served, micro)
         differs = [
             (one.sort(-1).values != other.sort(-1).values).any(-1).float().mean()
             for one, other in zip(ours, theirs, strict=True)
@@ -224,12 +231,16 @@ class Learner:
         *,
         version: int | None = None,
         num_questions: int | None = None,
+        replayed: KimiModel | None = None,
     ) -> dict[str, float]:
-        """One optimiser step; returns its figures. Nothing changes where nothing trains."""
+        """One optimiser step; returns its figures. Nothing changes where nothing trains.
+
+        The arguments are those of ``accumulate``.
+        """
         started_s = time.perf_counter()
         self.optimizer.zero_grad(set_to_none=True)
         figures, max_logits_YH = self.accumulate(
-            batch, version=version, num_questions=num_questions
+            batch, version=version, num_questions=num_questions, replayed=replayed
         )
         return self.apply(figures, max_logits_YH, started_s)
 
@@ -262,6 +273,16 @@ class Learner:
             if parameter.requires_grad
         }
         return {"model": self.model.state_dict(), "optimizer": moments}
+
+    @torch.no_grad()
+    def _chosen(self, served: KimiModel, micro: MicroBatch) -> list[Tensor]:
+        """The experts [T, K] that another network chooses, of each mixture layer."""
+        chosen: list[Tensor] = []
+        attention = FullAttention(
+            served.config.text_config, micro.seq_lens, prefix_of=micro.prefix_of
+        )
+        served(micro.ids_T, micro.positions_T, attention, self._media(micro), chosen)
+        return chosen
 
     def _media(self, micro: MicroBatch) -> MediaBatch | None:
         """The pictures, where the policy sees them: without vision it is told their names only."""

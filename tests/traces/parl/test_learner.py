@@ -177,6 +177,28 @@ def test_routing_disagreement_is_the_share_of_tokens_with_other_experts(ledger) 
     assert learner.routing_disagreement(same, Batch(groups=[[]])) is None
 
 
+def test_replayed_routing_takes_the_sampling_networks_experts_with_ones_own_weights(ledger) -> None:
+    batch, learner, served = batch_of(ledger), Learner(model_of(0), LearnerConfig()), model_of(0)
+    [micro] = micro_batches(batch, 10_000)
+    own = learner.logprobs(micro)
+    with torch.no_grad():  # the sampler's last mixture was at other experts
+        served.layers[-1].mlp.gate.e_score_correction_bias[:2] += 9.0
+    chosen: list[torch.Tensor] = []
+    attention = FullAttention(served.config.text_config, micro.seq_lens, prefix_of=micro.prefix_of)
+    hidden_TD = served(micro.ids_T, micro.positions_T, attention, None, chosen)
+    logits_XV = served.logits(hidden_TD[micro.rows_X]).log_softmax(-1)
+    theirs = logits_XV.gather(1, micro.targets_X[:, None])[:, 0]
+    assert not torch.allclose(own, theirs, atol=1e-4)
+    # The same weights at the same experts: the same log-probabilities.
+    replayed = learner.logprobs(micro, replayed_experts=chosen)
+    torch.testing.assert_close(replayed, theirs, atol=1e-5, rtol=1e-5)
+    learner.accumulate(batch, replayed=served)
+    gate = learner.model.layers[-1].mlp.gate
+    assert gate.weight.grad is not None
+    assert torch.isfinite(gate.weight.grad).all()
+    assert all(layer.mlp.gate.weight.grad is None for layer in served.layers[1:])
+
+
 def test_parts_of_a_batch_hold_each_question_once(ledger) -> None:
     batch = batch_of(ledger)
     batch.groups.append([])
