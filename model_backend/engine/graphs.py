@@ -136,7 +136,8 @@ class GraphSteps:
         self._host = torch.zeros(sum(self._sizes), dtype=torch.int64, pin_memory=is_cuda)
         self._input = torch.zeros(sum(self._sizes), dtype=torch.int64, device=device)
         self._output = torch.zeros(sampled, 2, dtype=torch.float64, device=device)
-        self._result = torch.zeros(sampled, 2, dtype=torch.float64, pin_memory=is_cuda)
+        self._has_read: torch.cuda.Event | None = None
+        """When the device has copied what the host wrote last."""
         self._offsets = torch.arange(page_size, device=device)
         self._graphs: dict[Size, torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle() if is_cuda else None
@@ -151,13 +152,15 @@ class GraphSteps:
     def _parts(self, chunks: List[Chunk]) -> Iterator[list[tuple[Chunk, int, int]]]:
         """Cut the chunks into steps: (chunk, first token, tokens)."""
         part: list[tuple[Chunk, int, int]] = []
-        num_rows, widest = 0, 0
+        num_rows, widest, most = 0, 0, 0
         for chunk in chunks:
             start = chunk.sequence.num_computed_tokens
             end = start + chunk.num_tokens
             while start < end:
-                widest = max(widest, self._width(end))
-                room = self._max_rows(widest) - num_rows
+                if end > widest * self.page_size:
+                    widest = self._width(end)
+                    most = self._max_rows(widest)
+                room = most - num_rows
                 if part and (room <= 0 or len(part) == self.max_sequences):
                     yield part
                     part, num_rows, widest = [], 0, 0
@@ -183,42 +186,57 @@ class GraphSteps:
     def _step(self, part: list[tuple[Chunk, int, int]]) -> list[tuple[int, float]]:
         """One replay."""
         num_rows = sum(taken for _, _, taken in part)
-        num_places = next(rows for rows in ROWS if rows >= num_rows)
-        width = max(self._width(start + taken) for _, start, taken in part)
-        rows_3T, samples_X, settings_X3, pages_QP = self._views(self._host, width)
-        ids_T, positions_T, sequences_T = (row.numpy() for row in rows_3T)
-        pages = pages_QP.numpy()
-        ids_T[num_rows:num_places] = positions_T[num_rows:num_places] = 0
-        sequences_T[num_rows:num_places] = self.max_sequences
-        pages[len(part) :] = self._spare_page
+        width = self._width(max(start + taken for _, start, taken in part))
+        num_spare_rows = next(rows for rows in ROWS if rows >= num_rows) - num_rows
+        ids: list[int] = []
+        positions: list[int] = []
+        sequences: list[int] = []
+        pages: list[list[int]] = []
         samples: list[int] = []
         settings: list[tuple[float, float, float]] = []
-        after = 0
+        truncates = False
+        padding = [self._spare_page] * width
         for number, (chunk, start, taken) in enumerate(part):
-            sequence, row = chunk.sequence, after
-            after += taken
-            ids_T[row:after] = sequence.ids[start : start + taken]
-            positions_T[row:after] = range(start, start + taken)
-            sequences_T[row:after] = number
+            sequence, end = chunk.sequence, start + taken
+            if taken == 1:
+                ids.append(sequence.ids[start])
+                positions.append(start)
+                sequences.append(number)
+            else:
+                ids += sequence.ids[start:end]
+                positions += range(start, end)
+                sequences += [number] * taken
             held = sequence.pages[:width]
-            pages[number, : len(held)] = held
-            pages[number, len(held) :] = self._spare_page
-            if chunk.samples and start + taken == len(sequence.ids):
+            pages.append(held + padding[len(held) :])
+            if end == len(sequence.ids):  # its last id: the next one is drawn
                 how = sequence.sampling
-                samples.append(after - 1)
+                truncates |= how.top_p < 1
+                samples.append(len(ids) - 1)
                 settings.append((how.temperature, how.top_p, sequence.uniforms.random()))
+        nothing = [0] * num_spare_rows
+        spare_sequence = [self.max_sequences] * num_spare_rows
+        size = Size(num_rows + num_spare_rows, width, truncates)
+        if self._has_read is not None:
+            self._has_read.synchronize()
+        rows_3T, samples_X, settings_X3, pages_QP = self._views(self._host, width)
+        rows_3T.numpy()[:, : size.rows] = (
+            ids + nothing,
+            positions + nothing,
+            sequences + spare_sequence,
+        )
+        pages += [padding] * (self.max_sequences + 1 - len(part))
+        pages_QP.numpy()[:] = pages
         num_spare = self.max_sequences - len(samples)
         samples_X.numpy()[:] = samples + [0] * num_spare
         settings_X3.numpy()[:] = settings + [(0.0, 1.0, 0.0)] * num_spare
         end = sum(self._sizes[:3]) + pages_QP.numel()
         self._input[:end].copy_(self._host[:end], non_blocking=True)
-        self._replay(Size(num_places, width, any(top_p < 1 for _, top_p, _ in settings)))
+        if self._input.is_cuda:
+            self._has_read = torch.cuda.current_stream().record_event()
+        self._replay(size)
         if not samples:
             return []
-        self._result.copy_(self._output, non_blocking=True)
-        if self._output.is_cuda:
-            torch.cuda.current_stream().synchronize()
-        return to_list(self._result[: len(samples)])
+        return to_list(self._output[: len(samples)])
 
     def _views(self, flat: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Rows [3, T], samples [X], their settings [X, 3] and pages [Q + 1, P] in ``flat``."""
