@@ -8,10 +8,10 @@ A small network's step is bound by starting its operations: some 300, of a few m
 A graph starts them as one. Its shapes are fixed, so a step takes the next larger of a few sizes;
 rows to spare write to a page of their own that nobody reads.
 
-Every row attends by the absorbed form over the latents of its sequence up to its position. The
-keys of a chunk's own earlier tokens are in the cache before any row of the layer attends, so a
-prompt needs no other form. That gathers keys for every row: right for small networks, and not
-meant for large ones, which belong on a serving engine.
+Every row attends by the absorbed form over the latents of its sequence up to its position
+(``kernels/paged_attention``). The keys of a chunk's own earlier tokens are in the cache before any
+row of the layer attends, so a prompt needs no other form. Each row reads its keys anew: right for
+small networks, and not meant for large ones, which belong on a serving engine.
 """
 
 # Shapes: T = rows, Q = sequences, X = rows that sample, P = pages of a sequence, S = keys,
@@ -27,6 +27,11 @@ import torch
 
 from swarm_sdk.model_backend.engine.sampler import draw, to_list
 from swarm_sdk.model_backend.kernels.experts import waits_for_the_device
+from swarm_sdk.model_backend.kernels.paged_attention import (
+    attend_rows,
+    attend_rows_reference,
+)
+from swarm_sdk.model_backend.kernels.paged_attention import is_supported as is_supported_attention
 from swarm_sdk.model_backend.model.mla import up_projections
 
 if TYPE_CHECKING:
@@ -75,12 +80,12 @@ class RowAttention:
     config: TextConfig
     kv: Tensor
     """[layers, slots, W]"""
+    page_size: int
+    pages_QP: Tensor
+    sequences_T: Tensor
+    positions_T: Tensor
     own_slots_T: Tensor
     """The place of each row's own key."""
-    slots_TS: Tensor
-    """Places of the keys that each row may see, any place behind its position."""
-    is_hidden_TS: Tensor
-    """Keys behind the row's position."""
 
     def attend(
         self,
@@ -92,26 +97,26 @@ class RowAttention:
         kv_b_proj: Tensor,
     ) -> Tensor:
         """Store the rows' keys, then return the attention output [T, H, V]."""
-        config, (num_rows, num_keys) = self.config, self.slots_TS.shape
         kv_SW = self.kv[layer_index]
         kv_SW.index_copy_(0, self.own_slots_T, torch.cat([latent_TL, k_rope_TR], dim=-1))
-        keys_TSW = kv_SW.index_select(0, self.slots_TS.flatten()).view(num_rows, num_keys, -1)
-        w_uk_HNL, w_uv_HVL = up_projections(kv_b_proj, config)
+        w_uk_HNL, w_uv_HVL = up_projections(kv_b_proj, self.config)
         q_latent_THL = torch.bmm(q_nope_THN.transpose(0, 1), w_uk_HNL).transpose(0, 1)
-        q_THW = torch.cat([q_latent_THL, q_rope_THR], dim=-1)
-        logits_THS = _product_in_float32(q_THW, keys_TSW.transpose(1, 2))
-        logits_THS = (logits_THS * config.softmax_scale).masked_fill(
-            self.is_hidden_TS[:, None], -torch.inf
+        way = (
+            attend_rows
+            if is_supported_attention(kv_SW, self.config.kv_lora_rank)
+            else attend_rows_reference
         )
-        weights_THS = logits_THS.softmax(dim=-1).to(keys_TSW.dtype)
-        out_THL = torch.bmm(weights_THS, keys_TSW[..., : config.kv_lora_rank])
+        out_THL = way(
+            torch.cat([q_latent_THL, q_rope_THR], dim=-1),
+            kv_SW,
+            self.pages_QP,
+            self.sequences_T,
+            self.positions_T,
+            latent=self.config.kv_lora_rank,
+            page_size=self.page_size,
+            scale=self.config.softmax_scale,
+        )
         return torch.bmm(out_THL.transpose(0, 1), w_uv_HVL.transpose(1, 2)).transpose(0, 1)
-
-
-def _product_in_float32(x: Tensor, y: Tensor) -> Tensor:
-    if x.dtype == torch.float32:
-        return torch.bmm(x, y)
-    return torch.bmm(x, y, out_dtype=torch.float32)
 
 
 class GraphSteps:
@@ -138,7 +143,6 @@ class GraphSteps:
         self._output = torch.zeros(sampled, 2, dtype=torch.float64, device=device)
         self._has_read: torch.cuda.Event | None = None
         """When the device has copied what the host wrote last."""
-        self._offsets = torch.arange(page_size, device=device)
         self._graphs: dict[Size, torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle() if is_cuda else None
 
@@ -273,15 +277,15 @@ class GraphSteps:
         """From the input's tensors to the output's; waits for nothing."""
         rows_3T, samples_X, settings_X3, pages_QP = self._views(self._input, size.pages)
         ids_T, positions_T, sequences_T = rows_3T[:, : size.rows]
-        slots_QS = (pages_QP[..., None] * self.page_size + self._offsets).flatten(1)
-        slots_TS = slots_QS.index_select(0, sequences_T)
-        places_S = torch.arange(slots_TS.shape[1], device=self.kv.device)
+        pages_T = pages_QP[sequences_T, positions_T // self.page_size]
         attention = RowAttention(
             config=self.model.config.text_config,
             kv=self.kv,
-            own_slots_T=slots_TS.gather(1, positions_T[:, None])[:, 0],
-            slots_TS=slots_TS,
-            is_hidden_TS=places_S > positions_T[:, None],
+            page_size=self.page_size,
+            pages_QP=pages_QP,
+            sequences_T=sequences_T,
+            positions_T=positions_T,
+            own_slots_T=pages_T * self.page_size + positions_T % self.page_size,
         )
         num_samples = min(size.rows, self.max_sequences)
         hidden_TD = self.model(ids_T, positions_T, attention)
