@@ -236,7 +236,8 @@ class GraphSteps:
         end = sum(self._sizes[:3]) + pages_QP.numel()
         self._input[:end].copy_(self._host[:end], non_blocking=True)
         if self._input.is_cuda:
-            self._has_read = torch.cuda.current_stream().record_event()
+            self._has_read = torch.cuda.Event()
+            self._has_read.record()
         self._replay(size)
         if not samples:
             return []
