@@ -236,7 +236,7 @@ class GraphSteps:
         end = sum(self._sizes[:3]) + pages_QP.numel()
         self._input[:end].copy_(self._host[:end], non_blocking=True)
         if self._input.is_cuda:
-            self._has_read = torch.cuda.Event()
+            self._has_read = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._has_read.record()
         self._replay(size)
         if not samples:
