@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from swarm_sdk.model_backend.model.config import TextConfig
     from swarm_sdk.model_backend.model.kimi import KimiModel
 
-ROWS = (8, 32, 64, 128, 256, 512)
+ROWS = (8, 32, 64, 128, 192, 256, 384, 512, 768)
 """Sizes of a step; a larger one is cut into several (ours, as are the next two)."""
 MIN_KEYS = 256
 """Keys of a sequence are rounded up to this times a power of two."""
