@@ -1,25 +1,41 @@
 """The same model with sub-agents and alone, on wide search of rising difficulty.
 
     python benchmarks/swarm_vs_single.py --split heldout --json
-    python benchmarks/swarm_vs_single.py --before START --after RUN1/model --after RUN2/model
+    python benchmarks/swarm_vs_single.py --policy OUT/run/model
 
-Every question has N entities (2, 4 … 12), held out of all training. The single agent is the same
-policy without `create_subagent` and `assign_task`. Both have the same budget of critical steps.
+Every question has N entities (4, 6 … 12), held out of all training. The single agent is the same
+policy, asked the same questions with the same tools but `create_subagent` and `assign_task`; it has
+steps enough to end (2 N + 1 when it looks one up after the other). A policy that was never taught
+without those two calls them all the same; `malformed_single` tells. The halves run one after the
+other, each with `--parallel` episodes at a time in one engine: `wall_ratio` is that of a busy
+machine, the ratios of steps do not depend on it.
 
-Keys: f1_swarm, f1_single; critical_steps_ratio and wall_ratio, single over swarm, over the
-questions that both answered with the same item-F1; all of them by N as well. With --before and
---after, gain_after_parl_*: the mean over the trained checkpoints (one a seed) of what they gained
-over the start, and the bounds of its 95 % confidence interval (Student's t over the seeds).
+    f1_swarm, f1_single       item-F1, also by N
+    f1_within_swarm, …        the same where what needed more than `--within` critical steps counts
+                              0: an episode under a lower limit is the beginning of this one
+    critical_steps_ratio      single over swarm at the same item-F1: sums over the questions that
+                              both answered with the same item-F1 above 0; also by N. wall_ratio
+                              has the seconds of the same questions.
+    critical_steps_ratio_at_T the same as the report draws it (figure 8): the fewest critical steps
+                              within which a half reaches the mean item-F1 T % (30 … 70), where what
+                              needs more steps counts 0; single over swarm. Left out where a half
+                              never reaches T.
+    gain_after_parl_*         what training changed, from the experiment's result files
+                              (benchmarks/results/parl-none-*.json, one a seed, each measured before
+                              and after): mean over the seeds and the bounds of its 95 % confidence
+                              interval (Student's t over the seeds).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,59 +44,68 @@ from report import report  # benchmarks/report.py
 
 from swarm_sdk.atlas.exam import Mark, run_exam
 from swarm_sdk.atlas.pages import world
-from swarm_sdk.atlas.questions import Question, wide_question
+from swarm_sdk.atlas.questions import Lookup, Question, wide_question
 from swarm_sdk.config import nano_directory
 from swarm_sdk.desk import atlas_corpus
+from swarm_sdk.model_backend.chat.dialogue import TokenModel
 from swarm_sdk.model_backend.embedded import open_embedded
 from swarm_sdk.runtime.budget import Budget
 from swarm_sdk.tools.ipython import IPythonTool
 from swarm_sdk.tools.search import OpenTool, SearchTool
 from swarm_sdk.types import Sampling
 
-NUM_ENTITIES = (2, 4, 6, 8, 10, 12)
+NUM_ENTITIES = (4, 6, 8, 10, 12)
+TARGETS = (0.3, 0.4, 0.5, 0.6, 0.7)
+"""Item-F1 at which figure 8 of the report compares."""
+RESULTS = Path(__file__).parent / "results"
+GAINS = ("f1", "f1_within", "critical_steps", "subagents")
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
 """Student's t for 95 %, two-sided, by the number of seeds."""
+SWITCH_S = 5e-4
+"""Engines and the event loop share the interpreter: see swarm_sdk/training/commands.py."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--split", choices=["heldout"], default="heldout")
-    parser.add_argument("--n", type=int, default=60, help="questions, spread over the sizes")
+    parser.add_argument("--n", type=int, default=40, help="questions, spread over the sizes")
     parser.add_argument("--seed", type=int, default=2)
     parser.add_argument("--policy", default="nano", help="nano or a checkpoint directory")
     parser.add_argument("--subagents", default="nano", help="the frozen sub-agents' checkpoint")
-    parser.add_argument("--before", help="checkpoint that training started from")
-    parser.add_argument("--after", action="append", default=[], help="trained; one a seed")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--critical-steps", type=int, default=40)
+    parser.add_argument("--within", type=int, default=9, help="critical steps; see f1_within_*")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--parallel", type=int, default=8, help="episodes at a time")
+    parser.add_argument("--parallel", type=int, default=16, help="episodes at a time")
     parser.add_argument("--only-swarm", action="store_true", help="leave the single agent out")
-    parser.add_argument("--quick", action="store_true", help="3 questions")
+    parser.add_argument("--quick", action="store_true", help="one question of each size")
     parser.add_argument("--json", action="store_true", dest="as_json")
     options = parser.parse_args()
-    questions = heldout(3 if options.quick else options.n, options.seed)
-    results: dict[str, Any] = {}
-    if options.before:
-        before = ask(options, options.before, questions, can_spawn=True)
-        afters = [ask(options, path, questions, can_spawn=True) for path in options.after]
-        results |= gains(before, afters)
-    else:
-        swarm = ask(options, options.policy, questions, can_spawn=True)
-        results |= figures("swarm", swarm)
+    questions = heldout(len(NUM_ENTITIES) if options.quick else options.n, options.seed)
+    sys.setswitchinterval(SWITCH_S)
+
+    async def run() -> dict[str, Any]:
+        models = [open_model(options, path) for path in (options.policy, options.subagents)]
+        swarm = await ask(options, models, questions, can_spawn=True)
+        results: dict[str, Any] = figures("swarm", swarm, options.within)
         if not options.only_swarm:
-            single = ask(options, options.policy, questions, can_spawn=False)
-            results |= figures("single", single) | ratios(swarm, single)
-    settings = {
-        name: getattr(options, name)
-        for name in ("split", "seed", "temperature", "critical_steps", "device", "parallel")
-    }
-    names = ("policy", "subagents", "before", "after")
-    settings |= {name: getattr(options, name) for name in names} | {"n": len(questions)}
+            single = await ask(options, models, questions, can_spawn=False)
+            results |= figures("single", single, options.within) | ratios(swarm, single)
+        for model in models:
+            await model.aclose()
+        return results
+
+    results = anyio.run(run)
+    if not options.only_swarm:
+        results |= gains(sorted(RESULTS.glob("parl-none-*.json")))
+    names = ("split", "seed", "temperature", "critical_steps", "device", "parallel", "policy")
+    settings = {name: getattr(options, name) for name in (*names, "subagents")}
+    settings |= {"n": len(questions), "num_entities": NUM_ENTITIES, "within": options.within}
     report("swarm_vs_single", settings, results, {}, as_json=options.as_json)
 
 
 def heldout(num: int, seed: int) -> list[Question]:
+    """Questions of all sizes in turn."""
     rng = random.Random(seed)
     everything, targets = world("all"), world("heldout").entities
     return [
@@ -91,54 +116,67 @@ def heldout(num: int, seed: int) -> list[Question]:
     ]
 
 
-def ask(
-    options: argparse.Namespace, policy: str, questions: list[Question], *, can_spawn: bool
+async def ask(
+    options: argparse.Namespace,
+    models: Sequence[TokenModel],
+    questions: list[Question],
+    *,
+    can_spawn: bool,
 ) -> list[Mark]:
-    async def run() -> list[Mark]:
-        model, frozen = (open_model(options, path) for path in (policy, options.subagents))
-        corpus = atlas_corpus()
-        tools = [SearchTool(corpus), OpenTool(corpus), IPythonTool()]
-        with tempfile.TemporaryDirectory() as runs:
-            marks = await run_exam(
-                model,
-                questions,
-                tools,
-                runs=Path(runs),
-                parallel=options.parallel,
-                sampling=Sampling(temperature=options.temperature, max_tokens=1_024),
-                subagent_model=frozen,
-                can_spawn=can_spawn,
-                budget=Budget(critical_steps=options.critical_steps),
-            )
-        await model.aclose()
-        await frozen.aclose()
-        return marks
+    """One half; a line on stderr for each answer."""
+    kind, started_s, num_done = "swarm" if can_spawn else "single", time.perf_counter(), 0
 
-    started_s = time.perf_counter()
-    marks = anyio.run(run)
-    kind = "swarm" if can_spawn else "single"
-    sys.stderr.write(f"{kind} {policy}: {time.perf_counter() - started_s:.0f} s\n")
-    return marks
+    def say(mark: Mark) -> None:
+        nonlocal num_done
+        num_done += 1
+        result = mark.result
+        sys.stderr.write(
+            f"{kind} {num_done}/{len(questions)}  {time.perf_counter() - started_s:.0f} s: "
+            f"{num_entities(mark)} entities, item-F1 {mark.score:.2f}, "
+            f"{result.critical_steps} critical of {result.total_steps} steps, {result.status}\n"
+        )
+
+    policy, frozen = models
+    corpus = atlas_corpus()
+    with tempfile.TemporaryDirectory() as runs:
+        return await run_exam(
+            policy,
+            questions,
+            [SearchTool(corpus), OpenTool(corpus), IPythonTool()],
+            runs=Path(runs),
+            parallel=options.parallel,
+            sampling=Sampling(temperature=options.temperature, max_tokens=1_024),
+            subagent_model=frozen,
+            can_spawn=can_spawn,
+            budget=Budget(critical_steps=options.critical_steps),
+            on_mark=say,
+        )
 
 
-def open_model(options: argparse.Namespace, path: str) -> Any:
+def open_model(options: argparse.Namespace, path: str) -> TokenModel:
     directory = nano_directory() if path == "nano" else Path(path)
     return open_embedded(directory, device=options.device, max_running=128, name=path)
 
 
 def num_entities(mark: Mark) -> int:
     plan = mark.question.plan
-    assert plan is not None
-    return len(plan.titles)  # type: ignore[union-attr]
+    assert isinstance(plan, Lookup)
+    return len(plan.titles)
 
 
-def figures(kind: str, marks: list[Mark]) -> dict[str, float]:
+def figures(kind: str, marks: Sequence[Mark], within: int) -> dict[str, float]:
     found = {
         f"f1_{kind}": statistics.fmean(m.score for m in marks),
+        f"f1_within_{kind}": statistics.fmean(
+            m.score * (m.result.critical_steps <= within) for m in marks
+        ),
         f"critical_steps_{kind}": statistics.fmean(m.result.critical_steps for m in marks),
         f"total_steps_{kind}": statistics.fmean(m.result.total_steps for m in marks),
         f"wall_s_{kind}": statistics.fmean(m.result.wall_s for m in marks),
         f"subagents_{kind}": statistics.fmean(len(m.result.subagents) for m in marks),
+        f"malformed_{kind}": sum(m.num_malformed for m in marks)
+        / max(1, sum(m.num_calls for m in marks)),
+        f"ended_{kind}": statistics.fmean(m.result.status == "done" for m in marks),
     }
     for num in sorted(set(map(num_entities, marks))):
         of_size = [m for m in marks if num_entities(m) == num]
@@ -149,45 +187,61 @@ def figures(kind: str, marks: list[Mark]) -> dict[str, float]:
     return found
 
 
-def ratios(swarm: list[Mark], single: list[Mark]) -> dict[str, float]:
+def ratios(swarm: Sequence[Mark], single: Sequence[Mark]) -> dict[str, float]:
+    """Single over swarm at the same item-F1, by questions and by targets."""
     pairs = [
         (one, other)
         for one, other in zip(swarm, single, strict=True)
-        if one.score == other.score > 0
+        if abs(one.score - other.score) < 1e-9 < one.score
     ]
     found: dict[str, float] = {"pairs_of_same_f1": len(pairs)}
-    sizes = [None, *sorted({num_entities(one) for one, _ in pairs})]
-    for num in sizes:
-        of_size = [p for p in pairs if num is None or num_entities(p[0]) == num]
-        if of_size:
-            suffix = "" if num is None else f"_{num}"
-            for key, read in (
-                ("critical_steps_ratio", lambda m: m.result.critical_steps),
-                ("wall_ratio", lambda m: m.result.wall_s),
-            ):
-                ours, theirs = (sum(read(p[at]) for p in of_size) for at in (0, 1))
-                found[key + suffix] = theirs / ours
-    return found
-
-
-def gains(before: list[Mark], afters: list[list[Mark]]) -> dict[str, float]:
-    measures = {
-        "f1": lambda marks: statistics.fmean(m.score for m in marks),
-        "critical_steps": lambda marks: statistics.fmean(m.result.critical_steps for m in marks),
-        "subagents": lambda marks: statistics.fmean(len(m.result.subagents) for m in marks),
+    measures: dict[str, Callable[[Mark], float]] = {
+        "critical_steps_ratio": lambda mark: mark.result.critical_steps,
+        "wall_ratio": lambda mark: mark.result.wall_s,
     }
-    found: dict[str, float] = {"seeds": len(afters)}
-    for name, measure in measures.items():
-        found[f"{name}_before"] = measure(before)
-        changes = [measure(after) - measure(before) for after in afters]
-        for number, change in enumerate(changes):
-            found[f"{name}_after_{number}"] = change + measure(before)
-        found[f"gain_after_parl_{name}"] = statistics.fmean(changes)
-        if len(changes) in T_95:
-            half = T_95[len(changes)] * statistics.stdev(changes) / len(changes) ** 0.5
-            found[f"gain_after_parl_{name}_low"] = statistics.fmean(changes) - half
-            found[f"gain_after_parl_{name}_high"] = statistics.fmean(changes) + half
+    for num in (None, *sorted({num_entities(one) for one, _ in pairs})):
+        of_size = [p for p in pairs if num is None or num_entities(p[0]) == num]
+        for key, read in measures.items():
+            if of_size:
+                ours, theirs = (sum(read(pair[at]) for pair in of_size) for at in (0, 1))
+                found[key if num is None else f"{key}_{num}"] = theirs / ours
+    for target in TARGETS:
+        ours, theirs = steps_to_reach(swarm, target), steps_to_reach(single, target)
+        if ours is not None and theirs is not None:
+            found[f"critical_steps_ratio_at_{round(100 * target)}"] = theirs / ours
     return found
+
+
+def steps_to_reach(marks: Sequence[Mark], target: float) -> int | None:
+    """The fewest critical steps within which the mean item-F1 is ``target``; ``None``: never."""
+    total = 0.0
+    for mark in sorted(marks, key=lambda mark: mark.result.critical_steps):
+        total += mark.score
+        if total >= target * len(marks) - 1e-9:
+            return mark.result.critical_steps
+    return None
+
+
+def gains(files: Sequence[Path]) -> dict[str, float]:
+    """What training changed, over the seeds; empty where nothing was trained yet."""
+    runs = [json.loads(file.read_text(encoding="utf-8"))["results"] for file in files]
+    if not runs:
+        sys.stderr.write(f"no result of the experiment in {RESULTS}: no gain_after_parl\n")
+        return {}
+    found: dict[str, float] = {"gain_after_parl_seeds": len(runs)}
+    for name in GAINS:
+        changes = [run[f"{name}_after"] - run[f"{name}_before"] for run in runs]
+        found |= interval(f"gain_after_parl_{name}", changes)
+    return found
+
+
+def interval(key: str, values: Sequence[float]) -> dict[str, float]:
+    """The mean and, of several, the bounds of its 95 % confidence interval."""
+    mean = statistics.fmean(values)
+    if len(values) not in T_95:
+        return {key: mean}
+    half = T_95[len(values)] * statistics.stdev(values) / len(values) ** 0.5
+    return {key: mean, f"{key}_low": mean - half, f"{key}_high": mean + half}
 
 
 if __name__ == "__main__":

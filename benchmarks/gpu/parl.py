@@ -9,10 +9,12 @@
                └ a policy that has parallelism └──── swarm_vs_single on held-out questions ──> gain
                  still to learn
 
-No network, no plotting library; `swarm train report OUT/run` draws the curves elsewhere. Writes
-OUT/{log.txt, summary.json}, OUT/start, OUT/run/{config.json, metrics.jsonl, batches.jsonl, model}.
-The ledger of the run (OUT/run/runs) is deleted at the end unless --keep-ledger is given; its
-SHA-256 is in the summary.
+No network, no plotting library. Writes OUT/parl-ABLATION-SEED.json, which holds everything that is
+kept of the run: settings, the measurements before and after, the figures of every iteration. With
+those of several runs in benchmarks/results/, `swarm_vs_single.py` tells the gain and
+`parl_page.py` draws the page. Beside it: OUT/log.txt, OUT/start, OUT/run/{config.json,
+metrics.jsonl, batches.jsonl, model}. The ledger of the run (OUT/run/runs) is deleted at the end
+unless --keep-ledger is given; its SHA-256 is in the result.
 """
 
 from __future__ import annotations
@@ -29,7 +31,29 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import report  # noqa: E402 - benchmarks/report.py
+
 PATHS = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+MIX = ("wide=1", "deep=0", "compute=0", "look=0", "serial=0.85", "alone=0.3")
+"""What the start is taught. Of the questions put to an agent that may spawn, 15 % are answered as
+`nano` does, by sub-agents mostly: without any, PARL would have nothing to find. 30 % are put to an
+agent that may not, so that the policy can be compared with itself alone."""
+SETTINGS = {
+    # All ours: the report gives no values. docs/experiments/README.md has what they rest on.
+    "questions": "32",  # 256 episodes an iteration: a dozen iterations in the time there is
+    "samples": "8",  # of a start that spawns in 15 %, 3 groups of 4 hold at least one that does
+    "updates": "4",  # 8 questions each; the last is 3 updates off the weights that sampled
+    "lr": "3e-4",  # MuonClip moves by the rate whatever the gradient: see there
+    "critical_steps": "9",  # alone: 2 N + 1 steps, so N <= 4; with sub-agents: 5 to 9 for any N
+    "min_entities": "3",  # a third of the questions (3, 4) can be answered alone
+    "max_entities": "8",
+    "max_tokens": "512",  # the longest turns that make sense have 400; the slowest is waited for
+    "anneal_steps": "10",  # the helpers are gone well before the end: what stays pays for itself
+    "max_episodes": "256",
+    "max_running": "256",
+}
+MINI = {"questions": "2", "samples": "3", "updates": "1", "max_entities": "4"}
 ABLATIONS: dict[str, dict[str, str]] = {
     "none": {},
     "no-parallel": {"lambda1": "0"},
@@ -49,9 +73,8 @@ def main() -> None:
     parser.add_argument("--serial-seconds", type=float, default=50, help="to make the start")
     parser.add_argument("--ablation", choices=list(ABLATIONS), default="none")
     parser.add_argument("--steps", type=int, default=1_000, help="iterations at most")
-    parser.add_argument("--anneal-steps", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--n", type=int, default=96, help="held-out questions")
+    parser.add_argument("--n", type=int, default=80, help="held-out questions")
     parser.add_argument("--set", action="append", default=[], help="KEY=VALUE of ParlConfig")
     parser.add_argument("--keep-ledger", action="store_true")
     parser.add_argument("--mini", action="store_true", help="minutes on two cores: proves the way")
@@ -60,7 +83,7 @@ def main() -> None:
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
     log = (out / "log.txt").open("a", encoding="utf-8")
-    summary: dict[str, Any] = {"ablation": options.ablation, "seed": options.seed, "seconds": {}}
+    seconds: dict[str, float] = {}
 
     def left_s() -> float:
         return options.seconds - (time.perf_counter() - started_s)
@@ -79,8 +102,8 @@ def main() -> None:
             env=os.environ | {"PYTHONPATH": PATHS},
             check=False,
         )
-        summary["seconds"][name] = round(time.perf_counter() - began_s, 1)
-        tell(log, f"== {name}: exit {done.returncode}, {summary['seconds'][name]} s")
+        seconds[name] = round(time.perf_counter() - began_s, 1)
+        tell(log, f"== {name}: exit {done.returncode}, {seconds[name]} s")
         if done.returncode:
             raise SystemExit(f"{name} failed; see {out / 'log.txt'}")
         return done.stdout
@@ -94,22 +117,17 @@ def main() -> None:
             *("--device", options.device, "--max-seconds", str(serial_s), "--peak-lr", "5e-4"),
             *("--workers", "1" if options.mini else "12", "--seed", "7"),
             *("--batch-tokens", "8192" if options.mini else "65536"),
-            *(f"--mix={share}" for share in ("wide=1", "deep=0", "compute=0", "look=0")),
-            "--mix=serial=0.85",
+            *(f"--mix={share}" for share in MIX),
             limit_s=serial_s + 240,
         )
     evaluation = [
         *("benchmarks/swarm_vs_single.py", "--json", "--only-swarm", "--device", options.device),
-        *("--n", "6" if options.mini else str(options.n), "--parallel", "32"),
-        *("--critical-steps", "12"),
+        *("--n", "5" if options.mini else str(options.n), "--parallel", "64"),
+        *("--within", SETTINGS["critical_steps"]),
     ]
     before = run("before", *evaluation, "--policy", start, limit_s=left_s())
-    after_s = summary["seconds"]["before"] * 1.3 + 10
-    settings = {"questions": "8", "samples": "8", "critical_steps": "12", "max_entities": "8"}
-    settings |= {"max_episodes": "64", "max_running": "192", "anneal_steps": options.anneal_steps}
-    if options.mini:
-        settings |= {"questions": "2", "samples": "3", "max_entities": "4"}
-    settings |= ABLATIONS[options.ablation]
+    after_s = seconds["before"] * 1.3 + 10
+    settings = SETTINGS | (MINI if options.mini else {}) | ABLATIONS[options.ablation]
     chosen = [f"{key}={value}" for key, value in settings.items()] + options.set
     run(
         "parl",
@@ -121,21 +139,43 @@ def main() -> None:
         limit_s=max(left_s(), 60) + 240 * options.mini,
     )
     after = run("after", *evaluation, "--policy", str(out / "run" / "model"), limit_s=600)
+    results: dict[str, Any] = {
+        f"{key.replace('_swarm', '')}_{when}": value
+        for when, printed in (("before", before), ("after", after))
+        for key, value in json.loads(printed)["results"].items()
+    }
+    rows = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
+    results["iterations"] = len(rows)
     ledger = out / "run" / "runs" / "ledger.db"
     with ledger.open("rb") as file:
-        summary["ledger_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+        ledger_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     if not options.keep_ledger:
         shutil.rmtree(out / "run" / "runs")
     shutil.rmtree(out / "run" / "checkpoints")
-    summary |= {"before": json.loads(before), "after": json.loads(after)}
-    rows = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
-    summary["iterations"] = len(rows)
-    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    content = {
+        "name": "parl",
+        "commit": report.commit(),
+        "machine": report.machine(),
+        "versions": report.versions(),
+        "settings": {
+            "ablation": options.ablation,
+            "seed": options.seed,
+            "start": options.start or "made by this run",
+            "n": options.n,
+            "config": json.loads((out / "run" / "config.json").read_text()),
+        },
+        "results": results,
+        "seconds": seconds,
+        "ledger_sha256": ledger_sha256,
+        "iterations": rows,
+    }
+    name = f"parl-{options.ablation}-{options.seed}.json"
+    (out / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     for when in ("before", "after"):
-        results = summary[when]["results"]
-        keys = ("f1_swarm", "critical_steps_swarm", "total_steps_swarm", "subagents_swarm")
-        tell(log, f"{when}: " + ", ".join(f"{key} {results[key]:.3f}" for key in keys))
-    tell(log, f"{len(rows)} iterations in {time.perf_counter() - started_s:.0f} s")
+        keys = ("f1", "f1_within", "critical_steps", "total_steps", "subagents")
+        told = (f"{key} {results[f'{key}_{when}']:.3f}" for key in keys)
+        tell(log, f"{when}: {', '.join(told)}")
+    tell(log, f"{len(rows)} iterations in {time.perf_counter() - started_s:.0f} s; {out / name}")
     log.close()
 
 

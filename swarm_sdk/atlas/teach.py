@@ -65,6 +65,9 @@ class Mix:
     serial: float = 0.0
     """Share of questions that are answered alone, one call at a time, however many names they
     have: for a policy that has the parallel ways still to learn."""
+    alone: float = 0.0
+    """Share of questions that are answered so by an agent that has no tools to spawn with: for a
+    policy that is to be compared with itself alone."""
 
 
 def draw(rng: random.Random, mix: Mix) -> tuple[World, Question]:
@@ -119,9 +122,10 @@ class Teacher:
             for _ in range(EPISODES_PER_LEDGER):
                 pages, question = draw(self._rng, self._mix)
                 strategy = choose_strategy(question, self._rng)
-                if self._mix.serial and self._rng.random() < self._mix.serial:
+                can_spawn = not (self._mix.alone and self._rng.random() < self._mix.alone)
+                if not can_spawn or (self._mix.serial and self._rng.random() < self._mix.serial):
                     strategy = "sequence"
-                result = await self.episode(pages, question, strategy, runs)
+                result = await self.episode(pages, question, strategy, runs, can_spawn=can_spawn)
                 if score(question, result.output) == 1.0:
                     yield question, ledger, result.episode_id
             ledger.close()
@@ -129,14 +133,20 @@ class Teacher:
             number += 1
 
     async def episode(
-        self, pages: World, question: Question, strategy: Strategy, runs: Path
+        self,
+        pages: World,
+        question: Question,
+        strategy: Strategy,
+        runs: Path,
+        *,
+        can_spawn: bool = True,
     ) -> Result:
         """One episode by the book."""
         swarmer = Swarmer(question, strategy, self._rng, fail_share=FAIL_SHARE)
         model = ScriptedModel(
             start=lambda messages: swarmer.agent(messages).next, chat_format=self._format
         )
-        swarm = Swarm(model, tools=self.tools(pages), runs=runs)
+        swarm = Swarm(model, tools=self.tools(pages), runs=runs, can_spawn=can_spawn)
         try:
             return await swarm.run(Task(question.prompt, question.files))
         finally:

@@ -332,14 +332,12 @@ class Parl:
             "lambda2": reward.finish.at(iteration),
             "tokens": batch.num_tokens,
             "staleness": self.version - 1 - _oldest_version(batch, self.version - 1),
-            "left_out": dict(batch.left_out),
+            **_left_out(batch),
             "failed": dict(self._num_failed),
             "drift": dict(self._drift(groups)),
         }
         self._num_failed.clear()
         self.journal.write_metrics(iteration, figures)
-        for sentence in batch.sentences:
-            sys.stderr.write(f"left out: {sentence}\n")
         return figures
 
     def _drift(self, groups: Sequence[Sequence[EpisodeRecord]]) -> Counter[str]:
@@ -493,6 +491,13 @@ def _recorded_episodes(ledger: Ledger, environment: str) -> dict[str, dict[int, 
     return found
 
 
+def _left_out(batch: Batch) -> dict[str, dict[str, Any]]:
+    """What a batch left out, counted and said; the sentences go to the terminal too."""
+    for sentence in batch.sentences.values():
+        sys.stderr.write(f"left out: {sentence}\n")
+    return {"left_out": dict(batch.left_out), "sentences": dict(batch.sentences)}
+
+
 def _oldest_version(batch: Batch, newest: int) -> int:
     oldest = [int(s.versions_S[s.versions_S >= 0].min()) for s in batch.samples]
     return min(oldest, default=newest)
@@ -539,10 +544,8 @@ def replay(config: ParlConfig, source: Path, run: Path) -> list[dict[str, Any]]:
     for iteration, groups in enumerate(batches[: config.steps]):
         batch = reader.read(ledger, records_of(ledger, groups), iteration)
         updates = [learner.update(part) for part in batch.split(config.updates)]
-        figures = {**batch.figures, **mean_figures(updates), "left_out": dict(batch.left_out)}
+        figures = {**batch.figures, **mean_figures(updates), **_left_out(batch)}
         journal.write_metrics(iteration, figures)
-        for sentence in batch.sentences:
-            sys.stderr.write(f"left out: {sentence}\n")
         say(iteration + 1, len(batches), figures)
         told.append(figures)
     save(learner.model, run / "model", dtype=torch.bfloat16)

@@ -102,13 +102,18 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 
 def _left_out(rows: list[dict[str, Any]]) -> str:
-    """Everything that did not train, and all drift, counted over the run."""
+    """Everything that did not train, and all drift, counted over the run and said once."""
     lines = ["<h2>What did not train, and drift</h2><table>"]
+    sentences: dict[str, str] = {}
+    for row in reversed(rows):
+        sentences |= row.get("sentences", {})
     for kind in ("left_out", "failed", "drift"):
         sums: dict[str, int] = {}
         for row in rows:
             for reason, num in row.get(kind, {}).items():
                 sums[reason] = sums.get(reason, 0) + num
-        told = ", ".join(f"{reason} {num}" for reason, num in sorted(sums.items())) or "nothing"
-        lines.append(f"<tr><th>{kind}</th><td>{html.escape(told)}</td></tr>")
+        for reason, num in sorted(sums.items()) or [("nothing", 0)]:
+            said = html.escape(sentences.get(reason, "")) if kind == "left_out" else ""
+            told = f"<th>{kind}</th><td>{html.escape(reason)}</td><td>{num}</td><td>{said}</td>"
+            lines.append(f"<tr>{told}</tr>")
     return "".join([*lines, "</table>"])

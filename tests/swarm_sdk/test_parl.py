@@ -3,6 +3,7 @@
 import math
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ from swarm_sdk.traces.ledger import Ledger
 from swarm_sdk.traces.trajectory import branches
 from swarm_sdk.training.journal import Journal, read_rows
 from swarm_sdk.training.parl import Parl, batch_reader, replay
+from swarm_sdk.training.report import write_report
 from swarm_sdk.training.settings import ParlConfig
 
 SMALL = ParlConfig(
@@ -141,7 +143,7 @@ def test_episodes_of_another_chat_format_are_told_and_counted(trained) -> None:
     batch = reader.read(ledger, groups, 0)
     assert batch.samples == []
     assert dict(batch.left_out) == {"foreign_tokens": sum(map(len, groups))}
-    assert "another tokenizer or chat format" in batch.sentences[0]
+    assert "another tokenizer or chat format" in batch.sentences["foreign_tokens"]
 
 
 @pytest.mark.timeout(400)
@@ -241,6 +243,28 @@ def test_a_replay_of_a_directory_without_judged_tasks_is_refused(tmp_path: Path)
     Swarm(ScriptedModel(lambda m, t: "a"), runs=tmp_path / "runs").run_sync("q")
     with pytest.raises(LedgerError, match="no episodes of an environment"):
         replay(SMALL, tmp_path / "runs" / "..", tmp_path / "out")
+
+
+def test_the_report_counts_what_did_not_train_and_says_why(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    for iteration, number in enumerate((2, 3)):
+        told = {"left_out": {"greedy": number}, "sentences": {"greedy": f"episode e{number} <was>"}}
+        journal.write_metrics(iteration, {"loss": 1.0, **told})
+    page, _ = write_report(tmp_path)
+    assert "<td>greedy</td><td>5</td><td>episode e2 &lt;was&gt;</td>" in page.read_text()
+    assert "<th>drift</th><td>nothing</td><td>0</td>" in page.read_text()
+
+
+def test_a_run_of_another_schema_version_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    Ledger(tmp_path / "old" / "runs").close()
+    with sqlite3.connect(tmp_path / "old" / "runs" / "ledger.db") as database:
+        database.execute("UPDATE meta SET value = '999' WHERE key = 'schema_version'")
+    database.close()
+    command = ["train", "--from", str(tmp_path / "old"), "--out", str(tmp_path / "run")]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 2
+    assert "version 999" in done.stderr
+    assert "use the release that wrote it" in done.stderr
 
 
 def test_a_line_that_was_cut_by_a_kill_is_left_out_and_ended(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Episodes by the book become rows of the ledger's own ids; workers feed the trainer."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import anyio
@@ -37,6 +38,25 @@ def test_the_supervised_ids_are_the_ledgers_own() -> None:
         return 0
 
     assert anyio.run(check) == 6
+
+
+def test_who_is_taught_alone_is_offered_nothing_to_spawn_with() -> None:
+    tokenizer = Tokenizer.from_dir(nano_directory())
+
+    async def prompts(mix: Mix) -> list[tuple[int, str]]:
+        found: list[tuple[int, str]] = []
+        async with teacher(ChatFormat(tokenizer, thinking=True), 0, mix) as teaching:
+            async for _, ledger, episode_id in teaching.episodes():
+                main, *subs = branches(ledger, episode_id)
+                found.append((len(subs), tokenizer.decode(main.token_ids)))
+                if len(found) == 3:
+                    break
+        return found
+
+    alone = anyio.run(prompts, replace(QUESTIONS, deep=0.0, alone=1.0))
+    assert all(num_subs == 0 and "create_subagent" not in text for num_subs, text in alone)
+    serial = anyio.run(prompts, replace(QUESTIONS, deep=0.0, serial=1.0))
+    assert all(num_subs == 0 and "create_subagent" in text for num_subs, text in serial)
 
 
 def test_rows_repeat_with_their_seed_and_differ_without() -> None:

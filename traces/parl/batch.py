@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean
+from statistics import fmean, pstdev
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,9 @@ from swarm_sdk.traces.parl.rewards.parl import ParlReward, Terms, read_subtasks,
 from swarm_sdk.traces.parl.toggle import Toggle
 from swarm_sdk.traces.trajectory import Branch, branches, orchestrator_branches
 from swarm_sdk.types import Image
+
+EQUAL = 1e-9
+"""Rewards whose standard deviation is below it are all equal."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -65,8 +68,13 @@ class Batch:
     figures: dict[str, float] = field(default_factory=dict)
     left_out: Counter[str] = field(default_factory=Counter)
     """Episodes that do not train, by reason."""
-    sentences: list[str] = field(default_factory=list)
-    """One for each reason: the first episode of it."""
+    sentences: dict[str, str] = field(default_factory=dict)
+    """Of each reason: what is said of its first episode."""
+
+    def leave_out(self, reason: str, sentence: str, num_episodes: int = 1) -> None:
+        """Count episodes that do not train."""
+        self.left_out[reason] += num_episodes
+        self.sentences.setdefault(reason, sentence)
 
     @property
     def samples(self) -> list[Sample]:
@@ -113,12 +121,12 @@ class BatchReader:
             LedgerError: the ledger cannot be read.
         """
         batch = Batch(groups=[])
-        seen: list[_Seen] = []
+        seen: list[list[_Seen]] = []
         for group in groups:
             read = [
                 one for record in group if (one := self._read(ledger, record, iteration, batch))
             ]
-            seen += read
+            seen.append(read)
             batch.groups.append(self._samples(read, iteration, batch))
         batch.figures = _figures(seen)
         return batch
@@ -138,9 +146,7 @@ class BatchReader:
             if self.check is not None:
                 self.check(ledger, record)
         except NotTrainable as error:
-            if not batch.left_out[error.reason]:
-                batch.sentences.append(str(error))
-            batch.left_out[error.reason] += 1
+            batch.leave_out(error.reason, str(error))
             return None
         subtasks = read_subtasks(ledger, record.id)
         return _Seen(
@@ -164,10 +170,10 @@ class BatchReader:
     def _samples(self, read: Sequence[_Seen], iteration: int, batch: Batch) -> list[Sample]:
         if len(read) < 2:
             if read:
-                batch.left_out["group_of_one"] += 1
-                batch.sentences.append(
+                batch.leave_out(
+                    "group_of_one",
                     f"episode {read[0].record.id} is alone in its group: there is no mean to "
-                    "compare it with; record K >= 2 episodes a question"
+                    "compare it with; record K >= 2 episodes a question",
                 )
             return []
         rewards = [one.terms.total for one in read]
@@ -175,8 +181,14 @@ class BatchReader:
         if self.toggle is not None:
             question = str(read[0].record.settings.get("launch", {}).get("task", ""))
             rewards = self.toggle.rewards(question, iteration, rewards, lengths)
-        if max(rewards) - min(rewards) < 1e-9:
-            batch.left_out["equal_rewards"] += len(read)
+        if pstdev(rewards) < EQUAL:
+            batch.leave_out(
+                "equal_rewards",
+                f"episode {read[0].record.id} and the other {len(read) - 1} of its question "
+                f"all have the reward {rewards[0]:g}: there is nothing to prefer; ask what is "
+                "neither too easy nor too hard, or record more episodes of each question",
+                len(read),
+            )
             return []
         mean = fmean(rewards)
         return [
@@ -208,6 +220,15 @@ class _Seen:
     @property
     def num_trained(self) -> int:
         return sum(sum(branch.is_sampled) for branch in self.branches)
+
+    @property
+    def sum_logprobs(self) -> float:
+        return sum(
+            logprob
+            for branch in self.branches
+            for logprob, is_sampled in zip(branch.logprobs, branch.is_sampled, strict=True)
+            if is_sampled
+        )
 
 
 def _rewards(record: EpisodeRecord) -> Mapping[str, float]:
@@ -249,11 +270,13 @@ def _images(ledger: Ledger, branch: Branch) -> tuple[Image, ...]:
         raise NotTrainable("missing_media", f"episode {branch.episode_id}: {error}") from error
 
 
-def _figures(seen: Sequence[_Seen]) -> dict[str, float]:
-    """Means over the episodes that were read."""
+def _figures(groups: Sequence[Sequence[_Seen]]) -> dict[str, float]:
+    """Means over the episodes that were read, and over the groups what there is to learn from."""
+    seen = [one for group in groups for one in group]
     if not seen:
         return {}
     summaries = [one.record.summary or {} for one in seen]
+    spreads = [pstdev([one.terms.total for one in group]) for group in groups if len(group) > 1]
     return {
         "reward": fmean(one.terms.total for one in seen),
         "r_perf": fmean(one.terms.perf for one in seen),
@@ -261,12 +284,18 @@ def _figures(seen: Sequence[_Seen]) -> dict[str, float]:
         "r_finish": fmean(one.terms.finish for one in seen),
         "width": fmean(one.width for one in seen),
         "share_parallel": fmean(one.width > 1 for one in seen),
+        "share_spawned": fmean(s["subagents"] > 0 for s in summaries),
         "critical_steps": fmean(s["critical_steps"] for s in summaries),
         "total_steps": fmean(s["total_steps"] for s in summaries),
         "subagents": fmean(s["subagents"] for s in summaries),
         "share_done": fmean(one.record.status == "done" for one in seen),
         "trained_tokens": fmean(one.num_trained for one in seen),
         "episodes": len(seen),
+        # Of the K rewards of a question: no spread, nothing to learn.
+        "reward_spread": fmean(spreads) if spreads else 0.0,
+        "share_equal_groups": fmean(s < EQUAL for s in spreads) if spreads else 1.0,
+        # -log p of what was sampled has the entropy (nats a token) as its mean.
+        "entropy": -sum(one.sum_logprobs for one in seen) / sum(one.num_trained for one in seen),
     }
 
 

@@ -220,7 +220,7 @@ def test_what_cannot_train_is_told_and_counted(ledger, change, reason, sentence)
     record(ledger, "odd", **({"ids": [([1], [2, 3])], "reward": 0.5} | change))
     batch = BatchReader(reward=NO_HELP, vocab_size=512).read(ledger, groups(ledger, 3), 0)
     assert dict(batch.left_out) == {reason: 1}
-    assert sentence in batch.sentences[0]
+    assert sentence in batch.sentences[reason]
     assert len(batch.samples) == 2
     assert batch.figures["episodes"] == 2
 
@@ -232,7 +232,18 @@ def test_groups_of_one_and_equal_rewards_give_no_samples_and_are_counted(ledger)
     batch = BatchReader(reward=NO_HELP).read(ledger, groups(ledger, 1, 3), 0)
     assert batch.groups == [[], []]
     assert dict(batch.left_out) == {"group_of_one": 1, "equal_rewards": 3}
-    assert "alone in its group" in batch.sentences[0]
+    assert "alone in its group" in batch.sentences["group_of_one"]
+    assert "all have the reward 0.5: there is nothing to prefer" in batch.sentences["equal_rewards"]
+
+
+def test_figures_tell_what_there_is_to_learn_from(ledger) -> None:
+    for number, reward in enumerate((0.0, 1.0, 0.5, 0.5)):
+        record(ledger, f"e{number}", [([1], [2, 3])], reward, logprobs=[-0.25, -0.75])
+    figures = BatchReader(reward=NO_HELP).read(ledger, groups(ledger, 2, 2), 0).figures
+    assert figures["reward_spread"] == pytest.approx(0.25)
+    assert figures["share_equal_groups"] == 0.5
+    assert figures["entropy"] == pytest.approx(0.5)
+    assert figures["share_spawned"] == 0.0
 
 
 def test_toggle_takes_the_reward_of_long_answers_in_its_phase(ledger) -> None:
