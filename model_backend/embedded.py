@@ -13,8 +13,8 @@ from swarm_sdk.model_backend.chat.tokenizer import Tokenizer
 from swarm_sdk.model_backend.engine.engine import EmbeddedEngine
 from swarm_sdk.model_backend.weights.checkpoint import load
 
-CHUNK_TOKENS, CUDA_CHUNK_TOKENS = 512, 4_096
-"""Prompt tokens of one step: on CUDA a step is bound by starting operations, not by computing."""
+CHUNK_TOKENS = 512
+"""Prompt tokens of one step."""
 
 
 def open_embedded(
@@ -44,11 +44,7 @@ def open_embedded(
         )
     return TokenModel(
         name=name or directory.name,
-        engine=EmbeddedEngine(
-            model,
-            max_running=max_running,
-            prefill_chunk_tokens=CUDA_CHUNK_TOKENS if device.startswith("cuda") else CHUNK_TOKENS,
-        ),
+        engine=EmbeddedEngine(model, max_running=max_running, prefill_chunk_tokens=CHUNK_TOKENS),
         chat_format=ChatFormat(tokenizer, thinking=True),
         context_tokens=text.max_position_embeddings,
     )

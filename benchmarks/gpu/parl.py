@@ -64,6 +64,8 @@ ABLATIONS: dict[str, dict[str, str]] = {
     "train-subagents": {"train_subagents": "true"},
     "ppo": {"clip": "ppo"},
     "toggle": {"toggle": "true"},
+    "no-limit": {"critical_steps": "40"},
+    "no-limit-no-parallel": {"critical_steps": "40", "lambda1": "0"},
 }
 
 
@@ -73,6 +75,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seconds", type=float, default=530, help="of everything together")
     parser.add_argument("--start", help="a checkpoint to train from; made here unless given")
+    parser.add_argument(
+        "--before", type=Path, help="a result from the same start: not measured anew"
+    )
     parser.add_argument("--serial-seconds", type=float, default=50, help="to make the start")
     parser.add_argument("--ablation", choices=list(ABLATIONS), default="none")
     parser.add_argument("--steps", type=int, default=15, help="iterations at most")
@@ -128,7 +133,15 @@ def main() -> None:
         *("--n", "5" if options.mini else str(options.n), "--parallel", "64"),
         *("--within", SETTINGS["critical_steps"]),
     ]
-    before = run("before", *evaluation, "--policy", start, limit_s=left_s())
+    results: dict[str, Any] = {}
+    if options.before:
+        known = json.loads(options.before.read_text())
+        results |= {k: v for k, v in known["results"].items() if k.endswith("_before")}
+        seconds["before"] = known["seconds"]["before"]
+    else:
+        results |= measured(
+            "before", run("before", *evaluation, "--policy", start, limit_s=left_s())
+        )
     after_s = seconds["before"] * 1.3 + 10
     settings = SETTINGS | (MINI if options.mini else {}) | ABLATIONS[options.ablation]
     chosen = [f"{key}={value}" for key, value in settings.items()] + options.set
@@ -142,11 +155,7 @@ def main() -> None:
         limit_s=max(left_s(), 60) + 240 * options.mini,
     )
     after = run("after", *evaluation, "--policy", str(out / "run" / "model"), limit_s=600)
-    results: dict[str, Any] = {
-        f"{key.replace('_swarm', '')}_{when}": value
-        for when, printed in (("before", before), ("after", after))
-        for key, value in json.loads(printed)["results"].items()
-    }
+    results |= measured("after", after)
     rows = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
     results["iterations"] = len(rows)
     ledger = out / "run" / "runs" / "ledger.db"
@@ -164,6 +173,7 @@ def main() -> None:
             "ablation": options.ablation,
             "seed": options.seed,
             "start": options.start or "made by this run",
+            "before": options.before.name if options.before else "measured by this run",
             "n": options.n,
             "config": json.loads((out / "run" / "config.json").read_text()),
         },
@@ -180,6 +190,12 @@ def main() -> None:
         tell(log, f"{when}: {', '.join(told)}")
     tell(log, f"{len(rows)} iterations in {time.perf_counter() - started_s:.0f} s; {out / name}")
     log.close()
+
+
+def measured(when: str, printed: str) -> dict[str, Any]:
+    """The figures that the comparison printed, named by when they were measured."""
+    figures = json.loads(printed)["results"]
+    return {f"{key.replace('_swarm', '')}_{when}": value for key, value in figures.items()}
 
 
 def nano() -> str:

@@ -1,10 +1,11 @@
 """One step of the network: chunks of sequences in, the next token of each in turn out.
 
     chunks of one token ──> DecodeNetwork, compiled                (float32 on the CPU)
+    chunks of text      ──> GraphSteps, captured                   (CUDA)
     all others          ──> KimiModel over PagedAttention  ──> logits of last rows ──> sample
 
-Both read and write the same cache. Elsewhere than on a CPU in float32, all chunks go the second
-way, packed into one pass.
+All read and write the same cache. Where neither of the first two is made for the model, all chunks
+go the third way, packed into one pass.
 """
 
 # Shapes: T = rows of a pass, B = chunks of one token (first), X = sampled rows, V = vocabulary,
@@ -18,6 +19,8 @@ import torch
 
 from swarm_sdk.model_backend.engine.attention import PagedAttention, Segment
 from swarm_sdk.model_backend.engine.decode import DecodeNetwork, is_supported
+from swarm_sdk.model_backend.engine.graphs import GraphSteps
+from swarm_sdk.model_backend.engine.graphs import is_supported as can_capture
 from swarm_sdk.model_backend.engine.pages import kv_pool
 from swarm_sdk.model_backend.engine.sampler import sample
 
@@ -41,7 +44,14 @@ class Runner:
         self.page_size: int = page_size
         self.max_running: int = max_running
         self.weight: Tensor = model.embed_tokens.weight.detach()
-        self.kv: Tensor = kv_pool(model.config.text_config, num_pages * page_size, self.weight)
+        num_slots = (num_pages + can_capture(model)) * page_size  # a page for rows to spare
+        self.kv: Tensor = kv_pool(model.config.text_config, num_slots, self.weight)
+        self.graphs: GraphSteps | None = None
+        if can_capture(model):
+            self.graphs = GraphSteps(model, self.kv, page_size=page_size, max_sequences=max_running)
+        self.stream: torch.cuda.Stream | None = None
+        if self.kv.is_cuda:
+            self.stream = torch.cuda.Stream(self.kv.device)  # type: ignore[no-untyped-call]
         self.offsets: Tensor = torch.arange(page_size, device=self.weight.device)
         self.decode_network: DecodeNetwork | None = None
         self.refresh_weights()
@@ -49,6 +59,8 @@ class Runner:
     def refresh_weights(self) -> None:
         """Prepare what is derived from the weights; to be called after they change."""
         self.close()
+        if self.stream is not None:
+            torch.cuda.synchronize(self.kv.device)  # they were written on another stream
         if is_supported(self.model):
             self.decode_network = DecodeNetwork(
                 self.model, self.kv, page_size=self.page_size, max_rows=self.max_running
@@ -61,7 +73,14 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, chunks: List[Chunk]) -> list[tuple[int, float]]:
-        """Compute the chunks, those of one token first; sample where a chunk ends its sequence."""
+        """Compute the chunks, those of one token first; sample where a chunk ends its sequence.
+
+        On CUDA on a stream of the engine's own, so that engines and a trainer run side by side.
+        """
+        with torch.cuda.stream(self.stream):
+            return self._run(chunks)
+
+    def _run(self, chunks: List[Chunk]) -> list[tuple[int, float]]:
         fast, rest = self._split(chunks)
         if self.decode_network is not None and len(fast) > self.decode_network.max_rows:
             self.max_running = 2 * len(fast)
@@ -82,6 +101,9 @@ class Runner:
             if rows:
                 logits.append(logits_BV[rows])
                 sampled += [fast[row] for row in rows]
+        if self.graphs is not None and fast:
+            drawn = self.graphs.run(fast)
+            results.update(zip((id(chunk) for chunk in fast if chunk.samples), drawn, strict=True))
         if rest:
             hidden_TD = self._forward(rest)
             ends = [chunk for chunk in rest if chunk.samples]
@@ -100,14 +122,15 @@ class Runner:
         return [results[id(chunk)] for chunk in chunks if chunk.samples]
 
     def _split(self, chunks: List[Chunk]) -> tuple[List[Chunk], List[Chunk]]:
-        """Chunks for the compiled step, and the others, each in order."""
-        if self.decode_network is None:
+        """Chunks for the compiled or captured step, and the others, each in order."""
+        if self.decode_network is None and self.graphs is None:
             return [], chunks
+        most = 1 if self.graphs is None else max(chunk.num_tokens for chunk in chunks)
         placeholder = self.model.config.media_placeholder_token_id
         fast: list[Chunk] = []
         rest: list[Chunk] = []
         for chunk in chunks:
-            is_fast = chunk.num_tokens == 1 and chunk.next_id != placeholder
+            is_fast = chunk.num_tokens <= most and placeholder not in chunk.ids
             (fast if is_fast else rest).append(chunk)
         return fast, rest
 

@@ -37,6 +37,12 @@ class Chunk:
         return self.sequence.ids[self.sequence.num_computed_tokens]
 
     @property
+    def ids(self) -> list[int]:
+        """The tokens."""
+        start = self.sequence.num_computed_tokens
+        return self.sequence.ids[start : start + self.num_tokens]
+
+    @property
     def samples(self) -> bool:
         """Whether the chunk reaches the sequence's last id, so that the next one is sampled."""
         return self.num_tokens == self.sequence.num_to_compute

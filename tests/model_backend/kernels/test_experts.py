@@ -5,6 +5,7 @@ import torch
 
 from swarm_sdk.model_backend.kernels.experts import (
     _lay_out,
+    run_all_experts,
     run_experts,
     run_experts_reference,
 )
@@ -44,8 +45,17 @@ def test_every_layout_gives_what_the_plain_loop_gives(
 
 
 @LAYOUTS
-def test_every_layout_has_the_gradients_of_the_plain_loop(
+def test_all_experts_over_all_tokens_give_what_the_plain_loop_gives(
     num_tokens, num_experts, num_chosen, is_padded
+):
+    inputs = random_inputs(num_tokens, num_experts, num_chosen)
+    torch.testing.assert_close(run_all_experts(*inputs), run_experts_reference(*inputs))
+
+
+@pytest.mark.parametrize("way", [run_experts, run_all_experts])
+@LAYOUTS
+def test_every_layout_has_the_gradients_of_the_plain_loop(
+    num_tokens, num_experts, num_chosen, is_padded, way
 ):
     x, ids, *others = random_inputs(num_tokens, num_experts, num_chosen, seed=1)
     direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).double()
@@ -55,9 +65,7 @@ def test_every_layout_has_the_gradients_of_the_plain_loop(
         (run(leaves[0], ids, *leaves[1:]) * direction).sum().backward()
         return [leaf.grad for leaf in leaves]
 
-    for ours, expected in zip(
-        gradients(run_experts), gradients(run_experts_reference), strict=True
-    ):
+    for ours, expected in zip(gradients(way), gradients(run_experts_reference), strict=True):
         torch.testing.assert_close(ours, expected)
 
 
