@@ -34,6 +34,8 @@ TITLES = {
     "train-subagents": "sub-agents trained too",
     "ppo": "PPO's clip",
     "toggle": "with Toggle",
+    "no-limit": "without a tight limit",
+    "no-limit-no-parallel": "without it and r_parallel",
 }
 PANELS = (
     ("r_perf", "outcome (item-F1 under the limit)"),
@@ -93,8 +95,7 @@ def read_runs(folder: Path) -> dict[str, list[Run]]:
         runs[run["settings"]["ablation"]].append(run)
     return {
         ablation: sorted(runs[ablation], key=lambda run: run["settings"]["seed"])
-        for ablation in TITLES
-        if ablation in runs
+        for ablation in sorted(runs, key=list(TITLES).index)
     }
 
 
