@@ -3,8 +3,10 @@
     python benchmarks/gpu/kernels.py --out OUT                     all parts, about 2 minutes
     python benchmarks/gpu/kernels.py --out OUT --only experts      one part, repeatable
     python benchmarks/gpu/kernels.py --out OUT --device cpu --mini the way in miniature, no figures
+    bash benchmarks/gpu/machine.sh kernels --out OUT --only serving --only serving_int4
 
     ceilings ─ logprob ─ router ─ experts ─ layer ─ attention ─ vision ──> OUT/kernels.json, stdout
+             └ serving ─ serving_int4: SGLang's kernel, tuned (fused_moe.py) ──> OUT/configs/
 
 Every candidate is checked against a plain reference before it is timed. One that fails is told in
 `failures` with its error, the others go on, and the exit code is 1 at the end.
@@ -13,7 +15,7 @@ Ceilings are measured in the same run: bf16 product 8192^3, reading and copying 
 max(FLOPs / product, bytes / reading); a share is floor / time, of all FLOPs over the product where
 a key says so: grouped_gemm_share_16k (forward, dgrad and wgrad of both products of the experts, as
 the model runs them; _best: the fastest candidate of each), moe_layer_train_share_16k (router to
-combine, forward and backward).
+combine, forward and backward). moe_floor_share_N: SGLang's fused experts at N tokens, tuned.
 """
 
 from __future__ import annotations
@@ -61,6 +63,7 @@ class Bench:
     def __init__(self, options: argparse.Namespace) -> None:
         self.device = options.device
         self.is_mini = options.mini
+        self.out: Path = options.out
         self.ceilings: dict[str, float] = {}
         self.results: dict[str, Any] = {}
         self.rows: list[dict[str, Any]] = []
@@ -691,6 +694,20 @@ def flex_attention(
     return run
 
 
+def measure_serving(bench: Bench) -> None:
+    """SGLang's fused experts in bfloat16, tuned."""
+    from fused_moe import tune
+
+    tune(bench, bench.out, is_int4=False)
+
+
+def measure_serving_int4(bench: Bench) -> None:
+    """The same with weights of 4 bits."""
+    from fused_moe import tune
+
+    tune(bench, bench.out, is_int4=True)
+
+
 PARTS: dict[str, Callable[[Bench], None]] = {
     "logprob": measure_logprob,
     "router": measure_router,
@@ -698,7 +715,10 @@ PARTS: dict[str, Callable[[Bench], None]] = {
     "layer": measure_layer,
     "attention": measure_attention,
     "vision": measure_vision,
+    "serving": measure_serving,
+    "serving_int4": measure_serving_int4,
 }
+NEED_SGLANG = ("serving", "serving_int4")
 
 
 def main() -> None:
@@ -711,7 +731,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     bench = Bench(options)
     measure_ceilings(bench)
-    for name in options.only or PARTS:
+    for name in options.only or [part for part in PARTS if part not in NEED_SGLANG]:
         with bench.kernel(f"part {name}"):
             PARTS[name](bench)
     content = {
