@@ -4,11 +4,11 @@
     SGLANG_MOE_CONFIG_DIR=OUT python -m sglang.launch_server …
 
 SGLang reads ``$SGLANG_MOE_CONFIG_DIR/configs/triton_VERSION/E=…,N=…,device_name=….json``, a map
-from numbers of tokens to tile shapes, and takes the nearest. For each number of tokens the candidates
-below are timed as a CUDA graph on the same random routing; the winners are written, loaded again
-by SGLang itself and timed once more: those are the figures that are kept. The INT4 kernel is
-SGLang's Triton one (``moe_wna16``); its default for compressed tensors is Marlin, which has no
-such file.
+from numbers of tokens to tile shapes, and takes the nearest. For each number of tokens the
+candidates below are timed as a CUDA graph on the same random routing; the winners are written,
+loaded again by SGLang itself and timed once more: those are the figures that are kept. The INT4
+kernel is SGLang's Triton one (``moe_wna16``); its default for compressed tensors is Marlin, which
+has no such file.
 """
 
 from __future__ import annotations
