@@ -5,7 +5,7 @@
     python benchmarks/gpu/kernels.py --out OUT --device cpu --mini the way in miniature, no figures
     bash benchmarks/gpu/machine.sh kernels --out OUT --only serving --only serving_int4
 
-    ceilings ─ logprob ─ router ─ experts ─ layer ─ attention ─ vision ──> OUT/kernels.json, stdout
+    ceilings ─ logprob ─ router ─ layer ─ attention ─ vision ─ experts ──> OUT/kernels.json, stdout
              └ serving ─ serving_int4: SGLang's kernel, tuned (fused_moe.py) ──> OUT/configs/
 
 Every candidate is checked against a plain reference before it is timed. One that fails is told in
@@ -711,10 +711,10 @@ def measure_serving_int4(bench: Bench) -> None:
 PARTS: dict[str, Callable[[Bench], None]] = {
     "logprob": measure_logprob,
     "router": measure_router,
-    "experts": measure_experts,
     "layer": measure_layer,
     "attention": measure_attention,
     "vision": measure_vision,
+    "experts": measure_experts,  # last: candidates that may break the process's context
     "serving": measure_serving,
     "serving_int4": measure_serving_int4,
 }
