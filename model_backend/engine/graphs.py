@@ -33,6 +33,7 @@ from swarm_sdk.model_backend.kernels.paged_attention import (
 )
 from swarm_sdk.model_backend.kernels.paged_attention import is_supported as is_supported_attention
 from swarm_sdk.model_backend.model.mla import up_projections
+from swarm_sdk.model_backend.model.moe import MixtureOfExperts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -67,9 +68,11 @@ class Size(NamedTuple):
 
 def is_supported(model: KimiModel) -> bool:
     """Whether steps of the model can be captured: on CUDA, and nothing in them waits for it."""
-    weight, text = model.embed_tokens.weight, model.config.text_config
-    return weight.is_cuda and not waits_for_the_device(
-        weight, text.n_routed_experts, text.num_experts_per_tok
+    num_chosen = model.config.text_config.num_experts_per_tok
+    mixtures = [m.experts for m in model.modules() if isinstance(m, MixtureOfExperts)]
+    return model.embed_tokens.weight.is_cuda and not any(
+        waits_for_the_device(experts.gate_up_proj, experts.down_proj, num_chosen, ROWS[-1])
+        for experts in mixtures
     )
 
 

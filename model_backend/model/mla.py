@@ -18,7 +18,7 @@ The layer computes projections and rotations; where keys of earlier tokens come 
 """
 
 # Shapes: T = packed tokens, S = keys of one sequence, D = hidden, H = heads, N = nope, R = rope,
-# V = value width, L = latent (kv_lora_rank), Q = q_lora_rank.
+# V = value width, L = latent (kv_lora_rank), Q = q_lora_rank; in FullAttention N = segments.
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from swarm_sdk.model_backend.kernels.attention import Packing, packed_attention
 from swarm_sdk.model_backend.model.rope import rotate
 
 if TYPE_CHECKING:
@@ -80,6 +81,8 @@ class FullAttention:
         self.seq_lens: tuple[int, ...] = tuple(seq_lens)
         self.prefix_of: tuple[int | None, ...] = tuple(prefix_of or [None] * len(self.seq_lens))
         self.max_logits_YH: Tensor | None = max_logits_YH
+        self._packing: Packing | None = None
+        self._segment_T: Tensor | None = None
 
     def attend(
         self,
@@ -90,7 +93,7 @@ class FullAttention:
         k_rope_TR: Tensor,
         kv_b_proj: Tensor,
     ) -> Tensor:
-        """Return the attention output [T, H, V]; one call for segments of equal length."""
+        """Return the attention output [T, H, V]; one call on CUDA or for equal segments."""
         config, num_tokens = self.config, latent_TL.shape[0]
         assert sum(self.seq_lens) == num_tokens, (self.seq_lens, num_tokens)
         kv = functional.linear(latent_TL, kv_b_proj).view(
@@ -101,12 +104,18 @@ class FullAttention:
         )
         q = torch.cat([q_nope_THN, q_rope_THR], dim=-1)
         k = torch.cat([k_nope_THN, k_rope_TR[:, None].expand_as(q_rope_THR)], dim=-1)
+        if self.max_logits_YH is not None:
+            self._watch(self.max_logits_YH[layer_index], q.detach(), k.detach())
+        if q.is_cuda:
+            if self._packing is None:
+                self._packing = Packing.of(self.seq_lens, q.device, self.prefix_of)
+            return packed_attention(
+                q, k, v_THV, self._packing, scale=config.softmax_scale, is_causal=True
+            )
         # Fused attention kernels want values as wide as keys; without them a CPU takes 3 times as
         # long and holds the full matrix of logits.
         v = functional.pad(v_THV, (0, config.qk_head_dim - config.v_head_dim))
-
-        is_even = len(set(self.seq_lens)) == 1 and not any(p is not None for p in self.prefix_of)
-        if is_even and self.max_logits_YH is None:
+        if len(set(self.seq_lens)) == 1 and not any(p is not None for p in self.prefix_of):
             batch = (len(self.seq_lens), self.seq_lens[0])
             out = self._causal(*(x.view(*batch, *x.shape[1:]) for x in (q, k, v))).flatten(0, 1)
             return out[..., : config.v_head_dim]
@@ -118,18 +127,39 @@ class FullAttention:
                 k_SHK = torch.cat([ks[before], k_SHK])
                 v_SHK = torch.cat([vs[before], v_SHK])
             outs.append(self._causal(qs[index][None], k_SHK[None], v_SHK[None])[0])
-            if self.max_logits_YH is not None:
-                self._watch(self.max_logits_YH[layer_index], qs[index].detach(), k_SHK.detach())
         return torch.cat(outs)[..., : config.v_head_dim]
 
-    def _watch(self, max_H: Tensor, q_THK: Tensor, k_SHK: Tensor) -> None:
+    def _watch(self, max_H: Tensor, q_THK: Tensor, k_THK: Tensor) -> None:
         """Raise ``max_H`` to the largest logits of the heads that may pass the floor."""
         scale = self.config.softmax_scale
-        longest_H = [torch.linalg.vector_norm(x, dim=-1).amax(0).float() for x in (q_THK, k_SHK)]
-        heads = (longest_H[0] * longest_H[1] * scale > self.logit_floor).nonzero()[:, 0]
-        if len(heads):
-            found = max_causal_logits(q_THK[:, heads], k_SHK[:, heads], scale)
+        may_pass = self._longest(q_THK) * self._longest(k_THK, with_prefix=True) * scale
+        heads_of: dict[int, list[int]] = {}
+        for index, head in (may_pass > self.logit_floor).nonzero().tolist():
+            heads_of.setdefault(index, []).append(head)
+        qs, ks = (x.split_with_sizes(self.seq_lens) for x in (q_THK, k_THK))
+        for index, heads in heads_of.items():
+            before, k_SHK = self.prefix_of[index], ks[index][:, heads]
+            if before is not None:
+                k_SHK = torch.cat([ks[before][:, heads], k_SHK])
+            found = max_causal_logits(qs[index][:, heads], k_SHK, scale)
             max_H[heads] = torch.maximum(max_H[heads], found)
+
+    def _longest(self, x_THK: Tensor, *, with_prefix: bool = False) -> Tensor:
+        """Length [segments, H], float32, of each segment's longest vector, its prefix included."""
+        if self._segment_T is None:
+            segments = torch.arange(len(self.seq_lens)).repeat_interleave(
+                torch.tensor(self.seq_lens)
+            )
+            self._segment_T = segments.to(x_THK.device)
+        wide = torch.promote_types(x_THK.dtype, torch.float32)
+        lengths_TH = torch.linalg.vector_norm(x_THK, dim=-1, dtype=wide).float()
+        longest_NH: Tensor = lengths_TH.new_zeros(len(self.seq_lens), lengths_TH.shape[1])
+        places_TH = self._segment_T[:, None].expand_as(lengths_TH)
+        longest_NH = longest_NH.scatter_reduce(0, places_TH, lengths_TH, "amax")
+        if with_prefix and any(p is not None for p in self.prefix_of):
+            first = [i if p is None else p for i, p in enumerate(self.prefix_of)]
+            longest_NH = torch.maximum(longest_NH, longest_NH[first])
+        return longest_NH
 
     def _causal(self, q_BTHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor) -> Tensor:
         """Attention of T queries that are the last T of S tokens."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from swarm_sdk.model_backend.kernels.experts import run_experts
+from swarm_sdk.model_backend.kernels.router import route
 
 if TYPE_CHECKING:
     from swarm_sdk.model_backend.model.config import TextConfig
@@ -57,14 +58,13 @@ class Router(nn.Module):
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Return ids [T, K] (int64) and weights [T, K] (float32) of the chosen experts."""
-        with torch.autocast(x_TD.device.type, enabled=False):
-            scores_TE = functional.linear(x_TD.float(), self.weight.float()).sigmoid()
-        expert_ids_TK = (scores_TE + self.e_score_correction_bias).topk(
-            self.num_chosen, dim=-1, sorted=False
-        )[1]
-        weights_TK = scores_TE.gather(1, expert_ids_TK)
-        total_T1 = weights_TK.sum(dim=-1, keepdim=True) + 1e-20
-        return expert_ids_TK, weights_TK * (self.routed_scaling_factor / total_T1)
+        return route(
+            x_TD,
+            self.weight,
+            self.e_score_correction_bias,
+            self.num_chosen,
+            self.routed_scaling_factor,
+        )
 
     def weigh(self, x_TD: Tensor, expert_ids_TK: Tensor) -> Tensor:
         """Return the weights [T, K] (float32) of experts that were chosen elsewhere."""

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from swarm_sdk.model_backend.kernels.attention import Packing, packed_attention
 from swarm_sdk.model_backend.model.rope import rotate, vision_rotation
 
 if TYPE_CHECKING:
@@ -115,6 +116,12 @@ class VisionBlock(nn.Module):
     def _attention(self, x_PD: Tensor, rotation: Tensor, item_lens: Sequence[int]) -> Tensor:
         q, k, v_PHK = self.wqkv(x_PD).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
         q_PHK, k_PHK = rotate(q, rotation), rotate(k, rotation)
+        if q_PHK.is_cuda:
+            packing = Packing.of(item_lens, q_PHK.device)
+            scale = q_PHK.shape[-1] ** -0.5
+            out_PHK = packed_attention(q_PHK, k_PHK, v_PHK, packing, scale=scale, is_causal=False)
+            joined_PD: Tensor = self.wo(out_PHK.flatten(1))
+            return joined_PD
         items = zip(*(x.split(item_lens) for x in (q_PHK, k_PHK, v_PHK)), strict=True)
         out = [
             functional.scaled_dot_product_attention(

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
 
+from swarm_sdk.model_backend.kernels.logprob import linear_logprobs
 from swarm_sdk.model_backend.model.kimi import KimiModel
 from swarm_sdk.model_backend.model.media import MediaBatch, decode_image, preprocess_image
 from swarm_sdk.model_backend.model.mla import FullAttention
@@ -32,8 +32,6 @@ from swarm_sdk.traces.parl.loss import LossConfig, policy_loss
 from swarm_sdk.traces.parl.muonclip import MuonClip, MuonClipConfig, clip_grad_norm, qk_clip
 
 ROUTING_TOKENS = 2_048
-LOGIT_ROWS = 4_096
-"""Rows of logits made at a time; with more, they are made again in the backward pass."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,22 +124,13 @@ class Learner:
             replayed_experts,
         )
         hidden_XD = hidden_TD.index_select(0, micro.rows_X)
-
-        def of_rows(hidden_xD: Tensor, targets_x: Tensor) -> Tensor:
-            logits_xV = self.model.logits(hidden_xD).float() / micro.temperature
-            return logits_xV.log_softmax(-1).gather(1, targets_x[:, None])[:, 0]
-
-        if len(hidden_XD) <= LOGIT_ROWS:
-            return of_rows(hidden_XD, micro.targets_X)
-        parts = [
-            checkpoint(of_rows, rows, targets, use_reentrant=False)
-            for rows, targets in zip(
-                torch.split(hidden_XD, LOGIT_ROWS),
-                torch.split(micro.targets_X, LOGIT_ROWS),
-                strict=True,
-            )
-        ]
-        return torch.cat(parts)
+        found = linear_logprobs(
+            hidden_XD,
+            self.model.lm_head.weight,
+            micro.targets_X,
+            temperature=micro.temperature,
+        )
+        return found.logprobs_X
 
     def accumulate(
         self,

@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from swarm_sdk.model_backend.kernels.experts import (
-    _lay_out,
+    lay_out,
     run_all_experts,
     run_experts,
     run_experts_reference,
 )
+from swarm_sdk.model_backend.kernels.grouped import Batched, Looped
 
 HIDDEN, INNER = 24, 16
 
@@ -39,8 +40,8 @@ def test_every_layout_gives_what_the_plain_loop_gives(
     num_tokens, num_experts, num_chosen, is_padded
 ):
     inputs = random_inputs(num_tokens, num_experts, num_chosen)
-    layout = _lay_out(inputs[1], num_experts, can_group=False)
-    assert isinstance(layout.rows_per_expert, int) == is_padded
+    layout = lay_out(inputs[1], *inputs[3:])
+    assert type(layout.products) is (Batched if is_padded else Looped)
     torch.testing.assert_close(run_experts(*inputs), run_experts_reference(*inputs))
 
 
@@ -69,22 +70,41 @@ def test_every_layout_has_the_gradients_of_the_plain_loop(
         torch.testing.assert_close(ours, expected)
 
 
-def test_all_tokens_may_choose_the_same_experts():
-    x, ids, weights, gate_up, down = random_inputs(40, 8, 2)
-    ids = torch.tensor([[6, 1]]).expand_as(ids).contiguous()
-    torch.testing.assert_close(
-        run_experts(x, ids, weights, gate_up, down),
-        run_experts_reference(x, ids, weights, gate_up, down),
+def test_the_gradients_are_the_limits_of_differences():
+    x, ids, weights, gate_up, down = random_inputs(3, 3, 2)
+    small = (x[:, :3], weights, gate_up[:, :4, :3], down[:, :3, :2])
+    assert torch.autograd.gradcheck(
+        lambda x, *others: run_experts(x, ids, *others),
+        [tensor.clone().requires_grad_() for tensor in small],
     )
 
 
-def test_the_rows_of_a_grouped_product_lie_expert_by_expert():
-    _, ids, *_ = random_inputs(9, 5, 2)
-    layout = _lay_out(ids, 5, can_group=True)
-    assert layout.ends_E.tolist() == [int((ids <= expert).sum()) for expert in range(5)]
+@pytest.mark.parametrize("num_tokens", [3, 40])
+def test_all_tokens_may_choose_the_same_experts_and_the_others_get_zero_gradients(num_tokens):
+    x, ids, weights, gate_up, down = random_inputs(num_tokens, 8, 2)
+    ids = torch.tensor([[6, 1]]).expand_as(ids).contiguous()
+    gate_up.requires_grad_()
+    y = run_experts(x, ids, weights, gate_up, down)
+    torch.testing.assert_close(y, run_experts_reference(x, ids, weights, gate_up, down))
+    y.sum().backward()
+    assert gate_up.grad.flatten(1).any(dim=1).nonzero()[:, 0].tolist() == [1, 6]
+
+
+def test_only_what_needs_a_gradient_gets_one():
+    x, ids, weights, gate_up, down = random_inputs(9, 4, 2)
+    weights.requires_grad_()
+    run_experts(x, ids, weights, gate_up, down).sum().backward()
+    assert weights.grad is not None
+    assert x.grad is gate_up.grad is down.grad is None
+
+
+def test_the_rows_of_a_layout_lie_expert_by_expert():
+    _, ids, _, gate_up, down = random_inputs(90, 5, 2)
+    layout = lay_out(ids, gate_up, down)
+    assert layout.products.counts == ids.flatten().bincount(minlength=5).tolist()
     experts = ids.flatten()[layout.row_C.argsort()]
     assert experts.tolist() == sorted(ids.flatten().tolist())
-    assert layout.token_R[layout.row_C].tolist() == [choice // 2 for choice in range(18)]
+    assert layout.token_R[layout.row_C].tolist() == [choice // 2 for choice in range(180)]
 
 
 def test_under_autocast_the_products_run_in_its_dtype():
