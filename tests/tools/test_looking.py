@@ -87,7 +87,15 @@ def mitosis(folder):
     if not path.exists():
         wanted = folder / "requirements.txt"
         wanted.write_text(MITOSIS_ARCHIVE)
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary=ome-arrow"]
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--no-binary=ome-arrow",
+        ]
         command = [*pip, "--require-hashes", "--dest", folder, "--requirement", wanted]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=90)
         if done.returncode:
