@@ -75,4 +75,4 @@ async def test_rollouts_at_one_time_lease_from_one_pool_and_leave_nothing(tmp_pa
         assert pool.num_alive <= 2
         assert pool.num_alive - pool.num_idle <= 1  # what is starting: nothing is leased
     assert pool.num_alive == 0
-    assert not set(map(str, environment.pids)) & set(os.listdir("/proc"))
+    assert not set(map(str, environment.pids)) & set(os.listdir("/proc"))  # noqa: PTH208
