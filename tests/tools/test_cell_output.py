@@ -1,5 +1,6 @@
 import base64
 import io
+import json
 
 import pytest
 from hypothesis import given
@@ -110,3 +111,16 @@ def test_characters_that_the_kernel_cut_are_counted():
     made = output(("stream", {"text": "head"}), cut, ("stream", {"text": "tail"}))
     assert made.text == "head\n[1000 characters cut]\ntail"
     assert made.num_dropped_chars == 1000
+
+
+NESTED = json.loads("[" * 900 + "]" * 900)
+
+
+@pytest.mark.parametrize("value", [7, None, {}, NESTED, "a\ud800b"])
+def test_texts_of_the_wrong_type_or_half_a_character_never_break_what_is_kept(value):
+    made = output(
+        ("stream", {"text": value}),
+        ("display_data", {"data": {"text/plain": value, "image/png": value}}),
+        ("error", {"ename": value, "evalue": value, "traceback": [value]}),
+    )
+    assert made.text.encode().count(b"a?b") == (4 if isinstance(value, str) else 0)

@@ -35,9 +35,12 @@ def test_a_list_holds_names_all_below_a_name_and_ports():
             Proxy([wrong])
 
 
+HEARD = []
+
+
 async def answer(stream):
     async with stream:
-        await stream.receive()
+        HEARD.append(await stream.receive())
         await stream.send(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nConnection: close\r\n\r\nhello")
 
 
@@ -53,6 +56,13 @@ async def test_code_reaches_the_hosts_of_its_list_and_no_other():
         async with KernelSandbox(settings=settings) as sandbox:
             code = FETCH + f"fetch('http://127.0.0.1:{port}/x'), fetch('http://127.0.0.1:1/')"
             assert (await sandbox.run(code, timeout_s=20)).text == "('hello', 403)"
+            # Nor another host at the same address, by the name that the code gives.
+            assert HEARD[-1].count(b"Host: ") == 1
+            code = f"r = urllib.request.Request('http://127.0.0.1:{port}/x', headers="
+            code += "{'Host': 'evil.org'}); urllib.request.urlopen(r, timeout=5).read()"
+            assert (await sandbox.run(code, timeout_s=20)).text == "b'hello'"
+            assert f"Host: 127.0.0.1:{port}\r\n".encode() in HEARD[-1]
+            assert b"evil" not in HEARD[-1]
             # A name must not lead to the machine's own services, though the list holds it.
             result = await sandbox.run(f"fetch('http://localhost:{port}/')", timeout_s=20)
             assert result.text == "502"

@@ -1,3 +1,4 @@
+import hashlib
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -250,9 +251,9 @@ async def test_a_cell_sent_to_a_session_that_just_died_is_told_so_and_never_wait
         wire = sandbox._wire
         sent = wire.send
 
-        async def late(kind, content):
-            await anyio.sleep(0.6)  # it is alive when it is looked at, and dead when it is asked
-            return await sent(kind, content)
+        def late(kind, content):
+            time.sleep(0.6)  # it is alive when it is looked at, and dead when it is asked
+            return sent(kind, content)
 
         wire.send = late
         status, text = await run(sandbox, "print(6 * 7)")
@@ -331,3 +332,31 @@ async def test_characters_that_no_message_can_hold_cost_only_themselves():
             "class A:\n    __repr__ = lambda s: 'a\\ud800b é'\nA()",
         ):
             assert await run(sandbox, code) == ("ok", "a?b é")
+
+
+TOKENS = """
+import hashlib, re
+found = set()
+with open("/proc/self/mem", "rb", 0) as memory:
+    for line in list(open("/proc/self/maps")):
+        span, rights = line.split()[:2]
+        if "w" not in rights:
+            continue
+        start, end = (int(one, 16) for one in span.split("-"))
+        try:
+            memory.seek(start)
+            data = memory.read(end - start)
+        except (OSError, OverflowError, ValueError):
+            continue
+        found.update(re.findall(rb"[0-9a-f]{32,}", data))
+hashes = {hashlib.sha256(token).hexdigest() for token in found if len(token) == 32}
+print([one in hashes for one in WANTED])
+"""
+
+
+async def test_no_kernel_finds_the_key_of_another_in_its_memory():
+    async with KernelSandbox() as first, KernelSandbox() as second:
+        sandboxes = (first, second)
+        wanted = [hashlib.sha256(sandbox._wire._key).hexdigest() for sandbox in sandboxes]
+        for sandbox, found in zip(sandboxes, ("[True, False]", "[False, True]"), strict=True):
+            assert await run(sandbox, f"WANTED = {wanted}\n{TOKENS}", 60) == ("ok", found)

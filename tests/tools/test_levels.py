@@ -1,5 +1,7 @@
 import json
 import os
+import select
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +16,7 @@ from swarm_sdk.tools.sandbox.levels import Isolation, SandboxSettings
 
 pytestmark = pytest.mark.anyio
 ESCAPES = """
-import os, socket
+import mmap, os, socket
 def works(attempt):
     try:
         attempt()
@@ -23,12 +25,34 @@ def works(attempt):
     return True
 (works(lambda: open('/etc/shadow')), works(lambda: open('/usr/x', 'w')),
  works(lambda: socket.socket(socket.AF_INET, socket.SOCK_STREAM).connect(('127.0.0.1', {port}))),
- works(lambda: os.kill({pid}, 0)))
+ works(lambda: os.kill({pid}, 0)), works(lambda: os.rename(os.getcwd(), os.getcwd() + 'x')),
+ works(lambda: mmap.mmap(-1, 2**33)),  # shared: no "data" of the process
+ works(lambda: socket.socket(socket.AF_UNIX).connect('{service}')),
+ works(lambda: socket.socketpair(type=socket.SOCK_DGRAM)[0].sendto(b'x', '{service}d')))
 """
 
 
+@pytest.fixture
+def services(tmp_path):
+    """Unix sockets of the machine that anybody may talk to, and whether anybody did."""
+    name = str(tmp_path / "service")
+    with (
+        socket.socket(socket.AF_UNIX) as stream,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as datagrams,
+    ):
+        stream.bind(name)
+        stream.listen()
+        datagrams.bind(f"{name}d")
+        for path in (*tmp_path.iterdir(), tmp_path, tmp_path.parent, tmp_path.parents[1]):
+            path.chmod(0o777)
+        yield name, lambda: bool(select.select([stream, datagrams], [], [], 0)[0])
+
+
 @pytest.mark.parametrize("level", [2, 1, 0])
-async def test_each_lower_level_runs_cells_ends_them_and_leaves_nothing(level, monkeypatch):
+async def test_each_lower_level_runs_cells_ends_them_and_leaves_nothing(
+    level, monkeypatch, services
+):
+    service, heard = services
     zygote = launcher.Zygote(level=level)
     monkeypatch.setattr(launcher, "_shared", zygote)
     try:
@@ -40,8 +64,9 @@ async def test_each_lower_level_runs_cells_ends_them_and_leaves_nothing(level, m
             assert (await sandbox.run("while True: pass", timeout_s=0.3)).status == "wall_timeout"
             assert (await sandbox.run("x", timeout_s=20)).text == "1"
             if level:
-                code = ESCAPES.format(port=22, pid=os.getpid())
+                code = ESCAPES.format(port=22, pid=os.getpid(), service=service)
                 assert "True" not in (await sandbox.run(code, timeout_s=20)).text
+                assert not heard()
             code = "import subprocess; subprocess.Popen(['setsid', 'sleep', '271'])\n"
             await sandbox.run(code, timeout_s=20)
             await sandbox.run("import time; time.sleep(0.3)", timeout_s=20)

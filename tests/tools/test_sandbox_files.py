@@ -4,7 +4,13 @@ import anyio
 import pytest
 
 from swarm_sdk.errors import ConfigError
-from swarm_sdk.tools.sandbox.files import InputFolder, check_file_names, collect
+from swarm_sdk.tools.sandbox.files import (
+    InputFolder,
+    check_file_names,
+    clear_folder,
+    collect,
+    open_folder,
+)
 from swarm_sdk.tools.sandbox.kernel import KernelSandbox
 from swarm_sdk.types import Image
 
@@ -77,3 +83,18 @@ async def test_files_outlive_the_process_and_not_the_sandbox():
         assert result.text.endswith("'x'")
         store = f"{sandbox._zygote._folder}/stores/{sandbox._name}"
     assert not await anyio.Path(store).exists()
+
+
+def test_a_folder_that_was_replaced_by_a_link_is_neither_read_nor_cleared(tmp_path):
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "file").write_text("canary")
+    (tmp_path / "home").symlink_to(tmp_path / "secret")
+    folder = os.open(tmp_path, os.O_RDONLY)
+    with pytest.raises(OSError, match="home"):
+        open_folder("home", folder)
+    os.close(folder)
+    with pytest.raises(OSError, match="home"):
+        clear_folder(str(tmp_path / "home"))
+    assert (tmp_path / "secret" / "file").exists()
+    clear_folder(str(tmp_path / "secret"))
+    assert not (tmp_path / "secret" / "file").exists()

@@ -25,6 +25,8 @@ def decide(program, machine, number, *arguments, architecture=None):
         place += 1
         if code == 0x20:
             (value,) = struct.unpack_from("=I", data, operand)
+        elif code == 0x54:
+            value &= operand
         elif code == 0x06:
             return operand
         else:
@@ -61,8 +63,14 @@ def test_new_namespaces_other_sockets_and_typing_into_terminals_are_refused(mach
     assert decide(program, machine, ioctl, 0, 0x5412) == ERRNO | errno.EPERM
     assert decide(program, machine, ioctl, 0, 0x5401) == ALLOW
     offline = seccomp.offline_program(machine)
-    assert decide(offline, machine, socket, 1) == ALLOW
-    assert decide(offline, machine, socket, 2) == ERRNO | errno.EAFNOSUPPORT
+    connect, pair = (42, 203)[column], (53, 199)[column]
+    for family in range(50):
+        assert decide(offline, machine, socket, family) == ERRNO | errno.EAFNOSUPPORT
+    assert decide(offline, machine, connect, 3) == ERRNO | errno.EACCES
+    for kind in range(16):  # of datagrams none: those can be sent to any name
+        expected = ALLOW if kind == 1 else ERRNO | errno.EAFNOSUPPORT
+        assert decide(offline, machine, pair, 1, kind | 0x80800) == expected
+    assert decide(offline, machine, 0) == ALLOW
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1))

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -28,7 +29,13 @@ import anyio
 import anyio.to_thread
 
 from swarm_sdk.errors import ConfigError, SandboxDied
-from swarm_sdk.tools.sandbox.launcher import END_TIMEOUT_S, ending_in_words, is_readable
+from swarm_sdk.tools.sandbox.files import clear_folder
+from swarm_sdk.tools.sandbox.launcher import (
+    END_TIMEOUT_S,
+    FIRST_USER_ID,
+    ending_in_words,
+    is_readable,
+)
 from swarm_sdk.tools.sandbox.levels import Isolation, SandboxSettings
 
 _COMMANDS = ("docker", "podman")
@@ -39,7 +46,13 @@ class ContainerProcess:
     """One container; as ``KernelProcess``."""
 
     def __init__(
-        self, command: str, name: str, process: subprocess.Popen[bytes], store: Path
+        self,
+        command: str,
+        name: str,
+        process: subprocess.Popen[bytes],
+        store: Path,
+        notes: Path,
+        key: str,
     ) -> None:
         self.pid: int = process.pid
         self.pidfd: int = os.pidfd_open(process.pid)
@@ -49,6 +62,8 @@ class ContainerProcess:
         self._command = command
         self._name = name
         self._process = process
+        self._notes = notes
+        self._key = key
         self._is_closed = False
         self._oom_kills = 0
 
@@ -65,7 +80,7 @@ class ContainerProcess:
             lines = said[1].decode(errors="replace").strip().splitlines()
             why = lines[-1] if lines else f"it ended ({self.ending()})"
             raise SandboxDied(f"the container could not start: {why}")
-        return {}
+        return {"key": self._key}
 
     @property
     def is_alive(self) -> bool:
@@ -103,7 +118,8 @@ class ContainerProcess:
         """1 where the container was ended for memory."""
         if not self.is_alive and not self._oom_kills:
             told = _call(self._command, "inspect", "--format", "{{.State.OOMKilled}}", self._name)
-            self._oom_kills = int(told.strip() == b"true")
+            # Some versions of podman say "false" and leave a file in the folder they ran in.
+            self._oom_kills = int(told.strip() == b"true" or (self._notes / "oom").exists())
         return self._oom_kills
 
     def close(self) -> None:
@@ -146,6 +162,8 @@ class ContainerHost:
         self._folder.chmod(0o711)
         self.inputs_folder: str = str(self._folder / "inputs")
         self.isolation: Isolation = Isolation(level=3, by=Path(path).name)
+        # A container of root gets no user of this machine, as kernels of the fork-server do.
+        self._user = os.getuid() or FIRST_USER_ID
         self._code = self._folder / "code"
         _copy_guest(self._code)
 
@@ -154,7 +172,7 @@ class ContainerHost:
         return self
 
     async def launch(
-        self, name: str, key: str, settings: SandboxSettings, *, inputs: str, seed: int
+        self, name: str, settings: SandboxSettings, *, inputs: str, seed: int
     ) -> ContainerProcess:
         """Start a container.
 
@@ -165,11 +183,12 @@ class ContainerHost:
         self.isolation.require(settings.lowest_level)
         if settings.hosts:
             raise ConfigError("code in containers has no network; leave hosts= away")
-        store = self._folder / "stores" / name
-        for part in ("home", "tmp", "run"):
-            (store / part).mkdir(parents=True, exist_ok=True)
-        for left in (store / "run").iterdir():
-            left.unlink()
+        store, notes = self._folder / "stores" / name, self._folder / "notes" / name
+        for folder in (notes, store / "home", store / "tmp", store / "run"):
+            folder.mkdir(parents=True, exist_ok=True)
+        clear_folder(str(store / "run"))
+        clear_folder(str(notes))
+        key = secrets.token_hex(16)
         told = {
             "info": {
                 "key": key,
@@ -186,16 +205,26 @@ class ContainerHost:
             "max_output_chars": settings.max_output_chars,
         }
         (store / "told.json").write_text(json.dumps(told))
+        store.chmod(0o700)  # the key is for nobody else
+        if os.getuid() == 0:
+            for path in (store, *store.iterdir()):
+                os.chown(path, self._user, self._user)
         container = f"swarm-{os.getpid()}-{name}"
         _call(self._command, "rm", "--force", container)
         process = subprocess.Popen(  # noqa: ASYNC220, S603 - returns at once; options are ours
             [
                 *(self._command, "run", "--name", container, "--init", "--network", "none"),
                 *("--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges"),
-                *("--memory", f"{settings.memory_mb}m", "--cpus", str(settings.cpus)),
-                *("--pids-limit", str(settings.num_processes)),
-                *("--user", f"{os.getuid()}:{os.getgid()}"),
-                *("--volume", f"{store}:{store}", "--volume", f"{inputs}:{inputs}:ro"),
+                *("--memory", f"{settings.memory_mb}m", "--memory-swap", f"{settings.memory_mb}m"),
+                *("--cpus", str(settings.cpus), "--pids-limit", str(settings.num_processes)),
+                *("--ulimit", "nofile=512:512", "--ulimit", "core=0:0"),
+                *("--ulimit", f"fsize={settings.disk_mb << 20}:{settings.disk_mb << 20}"),
+                *("--user", f"{self._user}:{os.getgid() or self._user}"),
+                *self._namespace(),
+                # Each by itself: a folder in a folder of its own the code could replace by a link.
+                *(f"--volume={store}/{part}:{store}/{part}" for part in ("home", "tmp", "run")),
+                *(f"--volume={store}/told.json:{store}/told.json:ro",),
+                *(f"--volume={inputs}:{inputs}:ro",),
                 *("--volume", f"{self._code}:{self._code}:ro"),
                 *(f"--volume={mount}:{mount}:ro" for mount in settings.mounts),
                 *("--env", f"PYTHONPATH={self._code}", self._image),
@@ -204,12 +233,19 @@ class ContainerHost:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            cwd=notes,
         )
-        return ContainerProcess(self._command, container, process, store)
+        return ContainerProcess(self._command, container, process, store, notes, key)
+
+    def _namespace(self) -> tuple[str, ...]:
+        """Without root, podman gives a user of ours another number unless it is told to keep it."""
+        is_rootless = os.getuid() != 0 and self.isolation.by == "podman"
+        return ("--userns", "keep-id") if is_rootless else ()
 
     async def forget(self, name: str) -> None:
-        """Delete the folder of a sandbox."""
-        shutil.rmtree(self._folder / "stores" / name, ignore_errors=True)
+        """Delete the folders of a sandbox."""
+        for kind in ("stores", "notes"):
+            shutil.rmtree(self._folder / kind / name, ignore_errors=True)
 
     def close(self) -> None:
         """Delete all folders; end the sandboxes first."""

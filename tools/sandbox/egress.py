@@ -109,9 +109,11 @@ class Proxy:
             kept = [
                 line
                 for line in rest.split("\r\n")
-                if line and not line.lower().startswith(("proxy-", "connection:"))
+                if line and not line.lower().startswith(("proxy-", "connection:", "host:"))
             ]
-            lines = [f"{method} {path}{query} {version}", *kept, "Connection: close", "", ""]
+            # The host that was allowed, not one of the code's choice at the same address.
+            own = [f"Host: {url.netloc.rpartition('@')[2]}", "Connection: close", "", ""]
+            lines = [f"{method} {path}{query} {version}", *kept, *own]
             there.write("\r\n".join(lines).encode("latin-1"))
         try:
             await asyncio.gather(_pump(reader, there), _pump(there_reader, writer))

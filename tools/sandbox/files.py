@@ -74,6 +74,32 @@ class InputFolder:
             fresh.replace(self.path / INDEX)
 
 
+def open_folder(name: str, parent: int) -> int:
+    """Open a folder in an open one, which a sandbox may have replaced by a link to elsewhere.
+
+    Raises:
+        OSError: it is a link, or no folder.
+    """
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    return os.open(name, flags, dir_fd=parent)
+
+
+def clear_folder(path: str) -> None:
+    """Delete the files in a folder; of a link to elsewhere nothing.
+
+    Raises:
+        OSError: it is a link, or no folder.
+    """
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        for name in os.listdir(folder):
+            if stat.S_ISDIR(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
+                continue
+            os.unlink(name, dir_fd=folder)
+    finally:
+        os.close(folder)
+
+
 def collect(
     folder: int,
     *,

@@ -45,7 +45,7 @@ class Process(Protocol):
         ...
 
     async def wait_ready(self) -> Mapping[str, Any]:
-        """Wait until it has its sockets.
+        """Wait until it has its sockets; ``key`` is what its messages are signed with.
 
         Raises:
             SandboxDied: it ended first.
@@ -87,7 +87,7 @@ class Host(Protocol):
         ...
 
     async def launch(
-        self, name: str, key: str, settings: SandboxSettings, *, inputs: str, seed: int
+        self, name: str, settings: SandboxSettings, *, inputs: str, seed: int
     ) -> Process:
         """Start a kernel; files are kept over kernels of the same name.
 

@@ -38,6 +38,8 @@ _ETC = {
 }
 _ETC_OF_THE_MACHINE = ("/etc/ld.so.cache", "/etc/localtime", "/etc/alternatives", "/etc/ssl/certs")
 
+_STACK_BYTES = 8 * 2**20
+_ARENA_BYTES = 2**30
 _READ_RIGHTS = 1 | 4 | 8  # execute, read a file, list a folder
 _LANDLOCK_SCOPES = 3  # abstract Unix sockets, signals
 
@@ -113,7 +115,10 @@ def isolate(plan: Plan) -> socket.socket | None:
 
 
 def close_network() -> None:
-    """At L1, once the kernel has its sockets: no further one of any kind but Unix."""
+    """At L1, once the kernel has its sockets: no further one, and no way to another address.
+
+    Those of the machine's services are Unix sockets, too, and no rule of Landlock keeps them away.
+    """
     linux.install_filter(seccomp.offline_program(), all_threads=True)
 
 
@@ -162,6 +167,7 @@ def _build_root(plan: Plan) -> None:
     for name in _DEVICES:
         Path(root, "dev", name).touch()
         linux.mount(f"/dev/{name}", f"{root}/dev/{name}", None, linux.MS_BIND)
+        linux.seal(f"{root}/dev/{name}")  # can be written to; its times and owner stay
     linux.mount(
         "devpts",
         f"{root}/dev/pts",
@@ -176,7 +182,7 @@ def _build_root(plan: Plan) -> None:
     os.chdir("/")
     linux.unmount("/.old")
     os.rmdir("/.old")
-    linux.seal_root()
+    linux.seal("/")
 
 
 def _show(root: str, source: str, target: str) -> None:
@@ -205,11 +211,16 @@ def _limit(plan: Plan) -> None:
         cap(resource.RLIMIT_CPU, plan.cpu_s)
     if plan.level in (1, 2):
         cap(resource.RLIMIT_DATA, plan.memory_mb << 20)
+        # What is mapped shared is no "data"; stacks and arenas reserve more than they use.
+        mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        reserved = plan.num_processes * _STACK_BYTES + _ARENA_BYTES
+        cap(resource.RLIMIT_AS, mapped + reserved + (plan.memory_mb << 20))
     if plan.level == 2 or (plan.level == 1 and plan.user_id is not None):
         cap(resource.RLIMIT_NPROC, plan.num_processes)
 
 
 def _drop(plan: Plan) -> None:
+    linux.drop_bounding_set()  # which needs a right that the next lines give up
     if plan.user_id is not None:
         os.setgroups([])
         os.setresgid(plan.user_id, plan.user_id, plan.user_id)
@@ -235,7 +246,8 @@ def _restrict_files(plan: Plan) -> None:
             rules.allow(path, 1 | 4)
     for name in ("null", "zero", "full", "random", "urandom"):
         rules.allow(f"/dev/{name}", 2 | 4)
-    rules.allow(plan.store, everything)
+    for name in _WRITABLE:  # and not what holds them: a folder that moves away leaves a link
+        rules.allow(f"{plan.store}/{name}", everything)
     rules.restrict()
 
 

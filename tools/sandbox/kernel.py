@@ -28,7 +28,13 @@ import anyio
 
 from swarm_sdk.errors import SandboxDied
 from swarm_sdk.tools.sandbox.egress import Proxy
-from swarm_sdk.tools.sandbox.files import InputFolder, Outputs, check_file_names, collect
+from swarm_sdk.tools.sandbox.files import (
+    InputFolder,
+    Outputs,
+    check_file_names,
+    collect,
+    open_folder,
+)
 from swarm_sdk.tools.sandbox.host import Host, Process
 from swarm_sdk.tools.sandbox.launcher import ready_zygote
 from swarm_sdk.tools.sandbox.levels import DEFAULT_SETTINGS, SandboxSettings
@@ -50,6 +56,8 @@ IDLE_S = 3.0
 GREETING_S = 0.25
 """Longest time that we wait for a kernel's greeting before we ask it something."""
 MAX_JOURNAL = 10_000
+MAX_NAME = 80
+"""Characters of a variable's name that is told."""
 _End = Literal["over", "late", "flood", "dead", "hang", "quit"]
 _LOST = "the Python process was restarted: variables are lost, files are kept"
 _DEAF = (
@@ -94,9 +102,10 @@ class _Cell:
     @property
     def variables(self) -> tuple[str, ...]:
         """Names in the session after the cell."""
-        names = self.told.get("variables")
-        found = names if isinstance(names, list) else []
-        return tuple(name for name in found[:64] if isinstance(name, str) and name.isidentifier())
+        told = self.told.get("variables")
+        found = told if isinstance(told, list) else []
+        names = [name for name in found[:64] if isinstance(name, str) and len(name) <= MAX_NAME]
+        return tuple(name for name in names if name.isidentifier())
 
     @property
     def asks_to_exit(self) -> bool:
@@ -279,7 +288,7 @@ class KernelSandbox:
         """
         if self._process is None:
             raise SandboxDied("the sandbox has no process whose files could be read")
-        home = os.open("home", os.O_RDONLY | os.O_DIRECTORY, dir_fd=self._process.folder)
+        home = open_folder("home", self._process.folder)
         try:
             return collect(
                 home,
@@ -342,7 +351,7 @@ class KernelSandbox:
         assert self._process is not None
         assert self._wire is not None
         num_oom = self._process.oom_kills()
-        request = await self._wire.send(
+        request = self._wire.send(
             "execute_request",
             {
                 "code": code,
@@ -473,16 +482,19 @@ class KernelSandbox:
             self.put(self.files)
 
     async def _launch(self, zygote: Host, inputs: InputFolder) -> None:
-        key = secrets.token_hex(16)
         try:
             self._process = await zygote.launch(
-                self._name, key, self.settings, inputs=str(inputs.path), seed=self.seed
+                self._name, self.settings, inputs=str(inputs.path), seed=self.seed
             )
-            await self._process.wait_ready()
+            told = await self._process.wait_ready()
             if self._process.listener is not None:
                 self._proxy = Proxy(self.settings.hosts)
                 await self._proxy.serve(self._process.listener)
-            self._wire = Wire(f"ipc:///proc/self/fd/{self._process.folder}/run/s", key.encode())
+            address = f"/proc/self/fd/{self._process.folder}/run/s"
+            try:
+                self._wire = await Wire.connect(address, told["key"].encode())
+            except OSError as error:
+                raise SandboxDied(f"the sandbox's sockets cannot be reached: {error}") from error
             await self._until_heard(self._wire)
         except BaseException:
             with anyio.CancelScope(shield=True):
@@ -513,7 +525,7 @@ class KernelSandbox:
                     await wire.heard_iopub()
                     is_heard = True
                 if not is_heard:
-                    await wire.send("kernel_info_request", {})
+                    wire.send("kernel_info_request", {})
             group.cancel_scope.cancel()
         if not is_heard:
             raise SandboxDied(f"the sandbox ended while it started ({process.ending()})")

@@ -319,7 +319,6 @@ class Zygote:
     async def launch(
         self,
         name: str,
-        key: str,
         settings: SandboxSettings,
         *,
         inputs: str,
@@ -330,7 +329,6 @@ class Zygote:
 
         Args:
             name: of the sandbox.
-            key: that messages are signed with.
             settings: what it may use.
             inputs: folder of the task's files.
             seed: of its random numbers.
@@ -346,8 +344,7 @@ class Zygote:
             raise ConfigError(
                 f"code can reach hosts through our proxy from level L2 on; this is {self.isolation}"
             )
-        info = {"key": key, "signature_scheme": "hmac-sha256"}
-        extra = {"info": info, "inputs": inputs, "seed": seed, "has_heartbeat": has_heartbeat}
+        extra = {"inputs": inputs, "seed": seed, "has_heartbeat": has_heartbeat}
         cgroup, request = self._request("fork", name, level, settings, extra)
         asking = asyncio.ensure_future(self.ask_async(request))
         try:

@@ -96,11 +96,11 @@ def make_read_only(target: str) -> None:
     _check(result, f"mount_setattr({target})")
 
 
-def seal_root() -> None:
-    """Forbid writing to the root's own files; what is mounted below keeps its rules."""
-    attributes = struct.pack("=QQQQ", MS_RDONLY, 0, 0, 0)
-    result = _libc.syscall(_MOUNT_SETATTR, -1, b"/", 0, attributes, len(attributes))
-    _check(result, "mount_setattr(/)")
+def seal(target: str) -> None:
+    """Forbid changes to the files of one mount; what is mounted below keeps its rules."""
+    attributes = struct.pack("=QQQQ", MS_RDONLY | MS_NOSUID, 0, 0, 0)
+    result = _libc.syscall(_MOUNT_SETATTR, -1, os.fsencode(target), 0, attributes, len(attributes))
+    _check(result, f"mount_setattr({target})")
 
 
 def unmount(target: str) -> None:
@@ -126,11 +126,15 @@ def bring_loopback_up() -> None:
         fcntl.ioctl(probe, _SIOCSIFFLAGS, request)
 
 
-def drop_capabilities() -> None:
-    """Give up every capability, for this process and for whatever it executes."""
+def drop_bounding_set() -> None:
+    """Let nothing that is executed from here on gain a capability; without CAP_SETPCAP, nothing."""
     for capability in range(64):
         if _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0) < 0:
             break  # past the last capability, or no right to drop any: then there is none to have
+
+
+def drop_capabilities() -> None:
+    """Give up every capability."""
     header = struct.pack("II", _CAPABILITY_VERSION_3, 0)
     _check(_libc.capset(header, bytes(24)), "capset")
 

@@ -109,7 +109,7 @@ class CellOutput:
             count = content.get("execution_count", 0)
             self._execution_count = count if isinstance(count, int) else 0
         elif kind == "stream":
-            self._write(str(content.get("text", "")))
+            self._write(_text(content.get("text")))
         elif kind in ("display_data", "execute_result"):
             self._show(_object(content.get("data")), _object(content.get("metadata")))
         elif kind == "error":
@@ -126,9 +126,9 @@ class CellOutput:
             self._text.skip(cut)
             return
         if "image/png" in data:
-            self._picture(str(data["image/png"]), _object(metadata.get("swarm")))
+            self._picture(_text(data["image/png"]), _object(metadata.get("swarm")))
         if "text/plain" in data:
-            self._line(str(data["text/plain"]))
+            self._line(_text(data["text/plain"]))
 
     def _picture(self, encoded: str, told: Mapping[str, Any]) -> None:
         if len(self._images) >= MAX_IMAGES:
@@ -145,7 +145,7 @@ class CellOutput:
         except (binascii.Error, ValueError):
             self.note("a picture was left out: it is no PNG")
         else:
-            name, palette = str(told.get("name", "")), str(told.get("palette", ""))
+            name, palette = _text(told.get("name")), _text(told.get("palette"))
             description = f"{width} x {height} pixels"
             if palette and _PALETTE.fullmatch(palette):
                 description += f", {palette}"
@@ -160,11 +160,11 @@ class CellOutput:
 
     def _error(self, content: Mapping[str, Any]) -> str:
         """Give the exception on one line, and under it the line of the cell that raised."""
-        value = _CELL_FILE.sub("", str(content.get("evalue", "")))
-        first = f"{content.get('ename', 'Error')}: {value}".rstrip(": ")
+        value = _CELL_FILE.sub("", _text(content.get("evalue")))
+        first = f"{_text(content.get('ename')) or 'Error'}: {value}".rstrip(": ")
         traceback = content.get("traceback", ())
         lines_of_trace = traceback if isinstance(traceback, list) else []
-        trace = _ESCAPE.sub("", "\n".join(map(str, lines_of_trace)))
+        trace = _ESCAPE.sub("", "\n".join(map(_text, lines_of_trace)))
         lines = self._code.splitlines()
         for count, number in reversed(_CELL_LINE.findall(trace)):
             if count == str(self._execution_count) and 1 <= int(number) <= len(lines):
@@ -180,6 +180,13 @@ class CellOutput:
         if text:
             self._text.add(text)
             self._ends_line = text.endswith("\n")
+
+
+def _text(value: Any) -> str:
+    """``value`` where it is a text, as UTF-8 can hold it (JSON can carry half a surrogate pair)."""
+    if not isinstance(value, str):
+        return ""
+    return value if value.isascii() else value.encode("utf-8", "replace").decode()
 
 
 def _object(value: Any) -> Mapping[str, Any]:

@@ -63,17 +63,16 @@ class ZygoteProvisioner(KernelProvisionerBase):
         del cmd, kwargs
         zygote = await ready_zygote()
         inputs = InputFolder(Path(zygote.inputs_folder, self._name))
-        key = secrets.token_hex(16)
         seed = secrets.randbits(63)
         process = await zygote.launch(
-            self._name, key, self._settings, inputs=str(inputs.path), seed=seed, has_heartbeat=True
+            self._name, self._settings, inputs=str(inputs.path), seed=seed, has_heartbeat=True
         )
         self.process = process
-        await process.wait_ready()
+        told = await process.wait_ready()
         info: Any = {
             "transport": "ipc",
             "ip": f"/proc/{os.getpid()}/fd/{process.folder}/run/s",
-            "key": key.encode(),
+            "key": told["key"].encode(),
             "signature_scheme": "hmac-sha256",
             **_PORTS,
         }

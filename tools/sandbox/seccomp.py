@@ -27,6 +27,7 @@ _JUMP_EQUAL = 0x15
 _JUMP_AT_LEAST = 0x35
 _JUMP_ANY_BIT = 0x45
 _RETURN = 0x06
+_AND = 0x54  # BPF_ALU | BPF_AND | BPF_K
 
 _ALLOW = 0x7FFF0000
 _ERRNO = 0x00050000
@@ -68,6 +69,8 @@ DENIED: dict[str, tuple[int | None, int | None]] = {
     "kexec_load": (246, 104),
     "keyctl": (250, 219),
     "lookup_dcookie": (212, 18),
+    "memfd_create": (319, 279),
+    "memfd_secret": (447, 447),
     "mount": (165, 40),
     "mount_setattr": (442, 442),
     "move_mount": (429, 429),
@@ -89,6 +92,7 @@ DENIED: dict[str, tuple[int | None, int | None]] = {
     "setdomainname": (171, 162),
     "sethostname": (170, 161),
     "setns": (308, 268),
+    "shmget": (29, 194),
     "settimeofday": (164, 170),
     "swapoff": (168, 225),
     "swapon": (167, 224),
@@ -99,6 +103,7 @@ DENIED: dict[str, tuple[int | None, int | None]] = {
     "vhangup": (153, 58),
 }
 _CLONE, _CLONE3, _SOCKET, _IOCTL = (56, 220), (435, 435), (41, 198), (16, 29)
+_CONNECT, _SOCKETPAIR, _SOCK_STREAM = (42, 203), (53, 199), 1
 
 
 def denying_program(machine: str | None = None) -> bytes:
@@ -134,9 +139,24 @@ def denying_program(machine: str | None = None) -> bytes:
 
 
 def offline_program(machine: str | None = None) -> bytes:
-    """What stands in for a network namespace: from now on only Unix sockets can be made."""
+    """What stands in for a network namespace: no socket from now on but pairs of streams.
+
+    No ``connect``, and no sockets of datagrams, which can be sent to any name.
+    """
     column, architecture = _ARCHITECTURES[machine or platform.machine()]
-    lines = _opening(architecture) + _on(_SOCKET[column], _families((AF_UNIX,)))
+    lines = _opening(architecture)
+    lines += _on(_SOCKET[column], [_return(_ERRNO | errno.EAFNOSUPPORT)])
+    lines += _on(_CONNECT[column], [_return(_ERRNO | errno.EACCES)])
+    lines += _on(
+        _SOCKETPAIR[column],
+        [
+            _instruction(_LOAD, _ARGUMENTS + 8),
+            _instruction(_AND, 0xF),
+            _instruction(_JUMP_EQUAL, _SOCK_STREAM, 1, 0),
+            _return(_ERRNO | errno.EAFNOSUPPORT),
+            _return(_ALLOW),
+        ],
+    )
     return b"".join([*lines, _return(_ALLOW)])
 
 

@@ -1,16 +1,20 @@
 """Jupyter's messages to one kernel and from it; whatever a kernel says is data from a stranger.
 
-    Wire.send ──> DEALER (shell)                         SUB (iopub), DEALER ──> Wire.heard_*
+    Wire.send ──> DEALER (shell)       a Unix socket each       DEALER, SUB (iopub) ──> Wire.heard_*
+                                       (ZMTP 3.0, see _Peer)
 
 A message counts if its frames are complete, signed and JSON objects of the right shape; all others
 are dropped. The key is in the kernel, so the signature shows only that the kernel sent it. Sockets
-never reconnect: a kernel that puts another socket in the place of its own gains nothing. ZeroMQ
-cuts a peer off that sends a larger frame than MAX_FRAME_BYTES.
+never reconnect: a kernel that puts another socket in the place of its own gains nothing.
+
+The transport is our own and not libzmq because of what a hostile peer can do to that: it bounds the
+size of a frame, but takes in a message that never ends until memory does. Here a message may have
+MAX_MESSAGE_BYTES and MAX_FRAMES, and what is not asked for waits in the kernel.
 """
 
 from __future__ import annotations
 
-import contextlib
+import asyncio
 import hashlib
 import hmac
 import json
@@ -18,14 +22,18 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-MAX_FRAME_BYTES = 12 * 2**20
-_MAX_WAITING = 200
+MAX_MESSAGE_BYTES = 12 * 2**20
+"""Bytes of one message; who sends more is cut off."""
+MAX_FRAMES = 64
+_MAX_WAITING_BYTES = 2 * MAX_MESSAGE_BYTES
 _DELIMITER = b"<IDS|MSG>"
+_GREETING = b"\xff" + bytes(8) + b"\x7f" + b"\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
+_MORE, _LONG, _COMMAND = 1, 2, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,48 +97,172 @@ def _signature(parts: Sequence[bytes], key: bytes) -> bytes:
 
 
 class Wire:
-    """The sockets to one kernel.
+    """The sockets to one kernel; made by ``connect``."""
 
-    Args:
-        address: what its sockets' names begin with: ``ipc://FOLDER/s``.
-        key: that messages are signed with.
-    """
-
-    def __init__(self, address: str, key: bytes) -> None:
-        import zmq
-        import zmq.asyncio
-
-        context = zmq.asyncio.Context.instance()
+    def __init__(self, shell: _Peer, iopub: _Peer, key: bytes) -> None:
         self._key = key
-        self._shell = context.socket(zmq.DEALER)
-        self._iopub = context.socket(zmq.SUB)
-        for socket in (self._shell, self._iopub):
-            socket.linger = 0
-            socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
-            socket.setsockopt(zmq.RCVHWM, _MAX_WAITING)
-            socket.setsockopt(zmq.RECONNECT_IVL, -1)
-        self._iopub.setsockopt(zmq.SUBSCRIBE, b"")
-        for socket, port in ((self._shell, 1), (self._iopub, 2)):
-            socket.connect(f"{address}-{port}")
+        self._shell = shell
+        self._iopub = iopub
 
-    async def send(self, kind: str, content: Mapping[str, Any]) -> str:
+    @staticmethod
+    async def connect(address: str, key: bytes) -> Wire:
+        """Connect to a kernel that has its sockets.
+
+        Args:
+            address: what its sockets' names begin with: ``FOLDER/s``.
+            key: that messages are signed with.
+
+        Raises:
+            OSError: there is no such socket.
+        """
+        shell = await _Peer.connect(f"{address}-1", "DEALER")
+        try:
+            iopub = await _Peer.connect(f"{address}-2", "SUB")
+        except OSError:
+            shell.close()
+            raise
+        iopub.send([b"\x01"])  # subscribe to everything
+        return Wire(shell, iopub, key)
+
+    def send(self, kind: str, content: Mapping[str, Any]) -> str:
         """Send a request; its id. To a kernel that is gone nothing is sent, and none answers."""
-        import zmq
-
         number, frames = packed(kind, content, self._key)
-        with contextlib.suppress(zmq.Again):
-            await self._shell.send_multipart(frames, flags=zmq.DONTWAIT)
+        self._shell.send(frames)
         return number
 
     async def heard_shell(self) -> Heard | None:
         """The next reply; ``None`` for what is no message."""
-        return unpacked(await self._shell.recv_multipart(), self._key)
+        return unpacked(await self._shell.heard(), self._key)
 
     async def heard_iopub(self) -> Heard | None:
         """The next output or status; ``None`` for what is no message."""
-        return unpacked(await self._iopub.recv_multipart(), self._key)
+        return unpacked(await self._iopub.heard(), self._key)
 
     def close(self) -> None:
         """Close the sockets; what waits in them is dropped."""
-        self._shell.close(linger=0)
-        self._iopub.close(linger=0)
+        self._shell.close()
+        self._iopub.close()
+
+
+class _Peer(asyncio.Protocol):
+    """One end of ZMTP 3.0 (rfc.zeromq.org/spec/23) without security, as far as a client needs it.
+
+        greeting (64 bytes)   READY   then frames:  flags, length (1 or 8 bytes), body
+
+    Messages wait for the other's first command, which is its READY; later ones are skipped. Who
+    breaks the rules, or the bounds, is cut off, and from then on silent.
+    """
+
+    def __init__(self) -> None:
+        self._transport: asyncio.Transport | None = None
+        self._buffer = bytearray()
+        self._has_greeted = False
+        self._unsent: list[bytes] | None = []
+        """Messages until the other end is ready, then ``None``."""
+        self._frames: list[bytes] = []
+        self._num_bytes = 0
+        """Of the message that is coming in."""
+        self._waiting: asyncio.Queue[list[bytes]] = asyncio.Queue()
+        self._num_waiting_bytes = 0
+
+    @staticmethod
+    async def connect(path: str, kind: str) -> _Peer:
+        """Connect, and say what kind of socket this is."""
+        loop = asyncio.get_running_loop()
+        transport, peer = await loop.create_unix_connection(_Peer, path)
+        properties = b"".join(
+            bytes([len(name)]) + name + len(value).to_bytes(4, "big") + value
+            for name, value in ((b"Socket-Type", kind.encode()), (b"Identity", b""))
+        )
+        transport.write(_GREETING + _framed(b"\x05READY" + properties, _COMMAND))
+        return peer
+
+    def send(self, frames: Sequence[bytes]) -> None:
+        """Send a message, if the other end is still there."""
+        *firsts, last = frames
+        data = b"".join([*(_framed(one, _MORE) for one in firsts), _framed(last, 0)])
+        if self._unsent is not None:
+            self._unsent.append(data)
+        elif self._transport is not None and not self._transport.is_closing():
+            self._transport.write(data)
+
+    async def heard(self) -> list[bytes]:
+        """The frames of the next message; waits for ever where none comes any more."""
+        frames = await self._waiting.get()
+        self._num_waiting_bytes -= _size(frames)
+        if self._transport is not None and self._num_waiting_bytes < _MAX_WAITING_BYTES:
+            self._transport.resume_reading()
+        return frames
+
+    def close(self) -> None:
+        """Close without another word."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    # -- what asyncio calls ------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)
+
+    def data_received(self, data: bytes) -> None:
+        self._buffer += data
+        place = 0
+        while (end := self._take(place)) > place:
+            place = end
+        del self._buffer[:place]
+        if end < 0:
+            self.close()
+
+    def _take(self, place: int) -> int:
+        """Take in what begins at ``place``, and say where it ends.
+
+        ``place`` itself if more must come first, -1 where the rules are broken.
+        """
+        held = self._buffer
+        if not self._has_greeted:
+            if len(held) < len(_GREETING):
+                return place
+            self._has_greeted = held[0] == _GREETING[0] and held[9] & 1 == 1 and held[10] >= 3
+            return len(_GREETING) if self._has_greeted else -1
+        if len(held) < place + 2:
+            return place
+        flags = held[place]
+        start = place + (9 if flags & _LONG else 2)
+        if len(held) < start:
+            return place
+        size = int.from_bytes(held[place + 1 : start], "big")
+        if self._num_bytes + size > MAX_MESSAGE_BYTES or len(self._frames) >= MAX_FRAMES:
+            return -1
+        if len(held) < start + size:
+            return place
+        if flags & _COMMAND:
+            self._be_ready()
+        else:
+            self._frames.append(bytes(held[start : start + size]))
+            self._num_bytes += size
+            if not flags & _MORE:
+                self._complete()
+        return start + size
+
+    def _be_ready(self) -> None:
+        unsent, self._unsent = self._unsent, None
+        if unsent and self._transport is not None:
+            self._transport.write(b"".join(unsent))
+
+    def _complete(self) -> None:
+        frames, self._frames, self._num_bytes = self._frames, [], 0
+        self._waiting.put_nowait(frames)
+        self._num_waiting_bytes += _size(frames)
+        if self._transport is not None and self._num_waiting_bytes >= _MAX_WAITING_BYTES:
+            self._transport.pause_reading()
+
+
+def _framed(body: bytes, flags: int) -> bytes:
+    if len(body) < 2**8:
+        return bytes([flags, len(body)]) + body
+    return bytes([flags | _LONG]) + len(body).to_bytes(8, "big") + body
+
+
+def _size(frames: Sequence[bytes]) -> int:
+    """Bytes that a message holds here; an empty frame costs something, too."""
+    return sum(map(len, frames)) + 64 * len(frames)

@@ -22,6 +22,7 @@ import gc
 import importlib
 import json
 import os
+import secrets
 import selectors
 import shutil
 import signal
@@ -36,6 +37,7 @@ from typing import Any
 
 from swarm_sdk.tools.sandbox import isolation, linux
 from swarm_sdk.tools.sandbox.canary import sing
+from swarm_sdk.tools.sandbox.files import clear_folder
 from swarm_sdk.tools.sandbox.isolation import Plan
 
 _STACK = (
@@ -264,8 +266,7 @@ class Zygote:
         for name in ("home", "tmp", "shm", "run"):
             if user_id is not None:
                 _give(f"{store}/{name}", user_id)
-        for left in os.listdir(f"{store}/run"):
-            os.unlink(f"{store}/run/{left}")
+        clear_folder(f"{store}/run")
         return Plan(
             level=level,
             root=f"{self.base}/root",
@@ -451,11 +452,14 @@ def _become_kernel(
         proxy_port=isolation.PROXY_PORT,
     )
     foreign = {"", *os.environ.get("PYTHONPATH", "").split(":")}
-    sys.path[:] = ["", *(place for place in sys.path if place not in foreign)]
+    sys.path[:] = [place for place in sys.path if place not in foreign]
     os.environ.clear()
     os.environ.update(kept)
     tempfile.tempdir = None
-    info = {**request["info"], "ip": f"{plan.socket_folder}/s", "transport": "ipc", **_PORTS}
+    # Drawn here: what passes through the server can be read in the memory of all later kernels.
+    key = secrets.token_hex(16)
+    info = {"ip": f"{plan.socket_folder}/s", "transport": "ipc", **_PORTS}
+    info |= {"key": key, "signature_scheme": "hmac-sha256"}
     kernel = app.prepare(
         {
             "info": info,
@@ -470,8 +474,9 @@ def _become_kernel(
     )
     if plan.level == 1:
         isolation.close_network()
+    sys.path.insert(0, "")  # the sandbox's own modules: none of them is imported before this
     descriptors = [listener.fileno()] if listener is not None else []
-    socket.send_fds(channel, [b'{"ready": true}'], descriptors)
+    socket.send_fds(channel, [json.dumps({"key": key}).encode()], descriptors)
     channel.close()
     if listener is not None:
         listener.close()

@@ -632,6 +632,62 @@ OWN = [
         ANY,
         never="WORKED",
     ),
+    refused("changes the times of a device", "import os; os.utime('/dev/null')", level=2),
+    refused("changes the mode of a device", "import os; os.chmod('/dev/zero', 0)"),
+    refused("memory without a name", SYSCALL.format("319, b'x', 0"), "AssertionError"),
+    refused("System V memory", SYSCALL.format("29, 0, 1 << 30, 0o1600"), "AssertionError"),
+    Case(
+        "rights that a program could gain",
+        "[line.split()[1] for line in open('/proc/self/status') if line.startswith('CapBnd')]",
+        ("ok",),
+        "0000000000000000",
+        level=2,
+    ),
+    Case(
+        "orphans that nobody waits for",
+        "import subprocess\nfor _ in range(80): subprocess.run(['sh', '-c', 'true & exit 0'])",
+        ANY,
+        then="__import__('subprocess').run(['sh', '-c', 'true & true & true']).returncode == 0",
+        timeout_s=6,
+        level=2,
+    ),
+    Case(
+        "code for the start of the next kernel",
+        "import os\nd = os.environ['IPYTHONDIR'] + '/profile_default/startup'\n"
+        "os.makedirs(d, exist_ok=True); open(d + '/0.py', 'w').write('STARTED = 1')\nos._exit(0)",
+        ("died",),
+        has_state=False,
+        then="'STARTED' not in globals()",
+    ),
+    Case(
+        "half a character in forged output",
+        "import hmac, hashlib, json\nk = get_ipython().kernel\n"
+        "parent = json.dumps(k.get_parent('shell')['header'], default=str).encode()\n"
+        'p = [b\'{"msg_type": "stream"}\', parent, b\'{}\', b\'{"text": "a\\\\ud800b"}\']\n'
+        "s = hmac.new(k.session.key, b''.join(p), hashlib.sha256).hexdigest().encode()\n"
+        "k.iopub_socket.send_multipart([b'<IDS|MSG>', s, *p])",
+        ("ok",),
+        "a?b",
+    ),
+    Case(
+        "a message without an end",
+        "import os, socket, stat, struct\n"
+        "body = b'\\3' + struct.pack('>Q', 2**20) + bytes(2**20)\nsent = 0\n"
+        "for f in map(int, os.listdir('/proc/self/fd')):\n"
+        "    try:\n"
+        "        if not stat.S_ISSOCK(os.fstat(f).st_mode): continue\n"
+        "        s = socket.socket(fileno=os.dup(f))\n"
+        "        if not s.getsockname().endswith('s-2'): continue\n"
+        "        s.getpeername(); s.settimeout(1)\n"
+        "        for i in range(400): s.sendall(body); sent += 1\n"
+        "    except (OSError, AttributeError): pass\n"
+        "open('sent', 'w').write(str(sent))",
+        ANY,
+        has_state=None,
+        then="0 < int(open('sent').read()) < 60",
+        timeout_s=8,
+        level=2,
+    ),
     Case("changes an input", fails("open('input.txt', 'a')"), says="refused", level=1),
     Case("deletes an input", "import os; os.unlink('input.txt')", ANY, then="True"),
 ]

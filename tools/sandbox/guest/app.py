@@ -9,16 +9,19 @@ Whatever the reply says is for the reader's comfort. Nothing that must hold is d
 
 from __future__ import annotations
 
+import _posixsubprocess
 import base64
 import builtins
 import contextvars
+import functools
 import os
 import random
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -140,6 +143,7 @@ class GuestKernel(ipykernel.ipkernel.IPythonKernel):
             "num_hidden": max(0, METER.num_shown - MAX_SHOWN),
         }
         self._repair()
+        _reap_orphans()
         if "traceback" in reply:
             reply["traceback"] = []  # the error message on iopub has it
             reply["evalue"] = clipped(str(reply["evalue"]))
@@ -253,6 +257,9 @@ class GuestApp(ipykernel.kernelapp.IPKernelApp):
     def init_poller(self) -> None:
         """The parent is the zygote, which outlives us or takes us along."""
 
+    def _run_startup_files(self) -> None:
+        """There are none: what a cell left in IPython's folder must not run before the kernel."""
+
     def init_connection_file(self) -> None:
         """There is none."""
 
@@ -304,6 +311,7 @@ def build_shell() -> None:
         sys.modules[_BACKEND].configure_inline_support(shell, f"module://{_BACKEND}")
         sys.modules["matplotlib"].interactive(b=True)  # figures show at the end of their cell
     _attribute_threads()
+    _note_children()
     given: dict[str, Any] = {helper.__name__: helper for helper in _HELPERS}
     given |= {"images": SHELF.images, "shown": SHELF.shown}
     shell.push(given, interactive=False)
@@ -330,6 +338,47 @@ def _attribute_threads() -> None:
         start(thread)
 
     threading.Thread.start = start_in_context  # type: ignore[assignment, method-assign]
+
+
+_CHILDREN: set[int] = set()
+"""Processes that this one started itself."""
+
+
+def _note_children() -> None:
+    """Keep the numbers of processes that cells start, in whatever way Python has for it."""
+
+    def noting(start: Any) -> Any:
+        @functools.wraps(start)
+        def start_and_note(*args: Any, **options: Any) -> Any:
+            found = start(*args, **options)
+            _CHILDREN.add(found[0] if isinstance(found, tuple) else found)
+            return found
+
+        return start_and_note
+
+    for owner, names in (
+        (os, ("fork", "forkpty", "posix_spawn", "posix_spawnp")),
+        (subprocess, ("_fork_exec",)),
+        (_posixsubprocess, ("fork_exec",)),
+    ):
+        for name in names:
+            if hasattr(owner, name):
+                setattr(owner, name, noting(getattr(owner, name)))
+
+
+def _reap_orphans() -> None:
+    """Take leave of the ended children of ended children, which pid 1 of a namespace inherits.
+
+    Each counts against the cap on processes until then. Those that a cell started itself are its
+    own to wait for.
+    """
+    if os.getpid() != 1:
+        return
+    with open("/proc/thread-self/children", encoding="ascii") as stream:
+        children = set(map(int, stream.read().split()))
+    for pid in children - _CHILDREN:
+        with suppress(ChildProcessError):
+            os.waitpid(pid, os.WNOHANG)
 
 
 def seed(number: int) -> None:
