@@ -31,13 +31,16 @@ from swarm_sdk.model_backend.kernels.simd import (
     divide,
     exponential,
     highest,
+    highest_of_parity,
     load,
     load_weights,
     look,
     maximum,
     multiply,
     multiply_add,
+    multiply_add_pairs,
     multiply_add_rows,
+    multiply_rows,
     offer_core,
     offsets,
     prefetch_rows,
@@ -45,6 +48,7 @@ from swarm_sdk.model_backend.kernels.simd import (
     splat,
     store,
     store_rows,
+    store_totals,
     subtract,
     take_ticket,
     total,
@@ -62,10 +66,10 @@ TILE = 16
 """Columns of one product."""
 STORE, ADD = 0, 1
 """Whether a product replaces what is there."""
-LANES = 8
-"""Heads that attention scores at once, and keys."""
-BLOCK = 32
-"""Keys of one turn of the running softmax."""
+GROUP = 4
+"""Heads that attention scores at once, with three keys."""
+BLOCK = 24
+"""Keys of one turn of the running softmax: a multiple of six; they stay in the first cache."""
 IDLE_SPINS = 200_000
 """Looks for the next step before a helping thread goes to sleep: about half a millisecond."""
 
@@ -289,16 +293,17 @@ def _rotate(
 def _find(
     shape: Shape, pages: Integers, row: int, start: int, stop: int, base: int, at: Integers
 ) -> None:
-    """Places of a block of keys; the last one again behind ``stop``."""
+    """Places of a block of keys, page by page; the last one again behind ``stop``."""
     page, offset = row * shape.pages + start // shape.page_size, start % shape.page_size
-    width, place = shape.latent + shape.rope, 0
-    for i in range(BLOCK):
-        if start + i < stop:
-            place = base + (pages[page] * shape.page_size + offset) * width
-            offset += 1
-            if offset == shape.page_size:
-                page, offset = page + 1, 0
-        at[i] = place
+    width, num, i = shape.latent + shape.rope, min(BLOCK, stop - start), 0
+    while i < num:
+        place = base + (pages[page] * shape.page_size + offset) * width
+        end = min(i + shape.page_size - offset, num)
+        _lay(at[i:], place, width, end - i)
+        page, offset, i = page + 1, 0, end
+    last = at[num - 1] if num > 0 else base
+    for i in range(num, BLOCK):
+        at[i] = last
 
 
 @compiled
@@ -316,87 +321,87 @@ def _attend(
 ) -> None:
     """Attention of one row over its keys ``first_key … last_key``: the absorbed form.
 
-    Lanes are heads. The softmax runs along: when a block of keys raises the highest score, what
-    was summed before shrinks.
+    All heads read the same keys, so a block of them, fetched once, serves two small matrix
+    products of ``GROUP`` heads: queries with keys (12 scores at a time, lanes are channels), then
+    weights with latents. The softmax runs along: when a block raises the highest score, what was
+    summed before shrinks.
     """
     width, latent, heads = shape.latent + shape.rope, shape.latent, shape.heads
-    kv, out, stats = buffers.kv, buffers.parts, buffers.stats
-    scores, factors = private[: BLOCK * LANES], private[BLOCK * LANES :]
-    query = factors[LANES:]
-    key_at, next_at, row_at = places[:BLOCK], places[BLOCK:], places[2 * BLOCK :]
-    out_at, head_at = places[3 * BLOCK :], places[3 * BLOCK + LANES :]
-    _lay(row_at, 0, LANES, BLOCK)
-    _lay(head_at, 0, 1, LANES)
+    kv, query, out, stats = buffers.kv, buffers.q_key, buffers.parts, buffers.stats
+    scores, tops = private[: 8 + heads * BLOCK], private[8 + heads * BLOCK :]
+    masses, shrinks = tops[4 * heads :], tops[8 * heads :]
+    query_at, out_at = places[2 * BLOCK : 2 * BLOCK + heads], places[2 * BLOCK + heads :]
+    _lay(query_at, row * heads * shape.key_padded, shape.key_padded, heads)
+    _lay(out_at, part * heads * latent, latent, heads)
+    none = splat(zeros(1, 8)[0], np.float32(-1e30))
+    scale = splat(none, np.float32(shape.softmax_scale))
+    two, four, six = zeros(2, 8), zeros(4, 8), zeros(6, 8)
+    weights_at = (0, 1, 2 * BLOCK, 2 * BLOCK + 1)
+    for pair in range(0, heads, 2):
+        store(tops, 4 * pair, none)
+        store(masses, 4 * pair, zeros(1, 8)[0])
+    for c in range(out_at[0], out_at[0] + heads * latent, 8):
+        store(out, c, zeros(1, 8)[0])
     base = layer * shape.slots * width
-    for group in range(0, heads, LANES):
-        num_heads = min(LANES, heads - group)
-        _lay(out_at, (part * heads + group) * latent, latent, LANES)
-        for c in range(width):
-            for h in range(LANES):
-                query[c * LANES + h] = 0.0
-        for h in range(num_heads):
-            source = (row * heads + group + h) * shape.key_padded
-            for c in range(width):
-                query[c * LANES + h] = buffers.q_key[source + c] * shape.softmax_scale
-        for h in range(num_heads):
-            for c in range(out_at[h], out_at[h] + latent):
-                out[c] = 0.0
-        mass = zeros(1, 8)[0]
-        top = splat(mass, np.float32(-1e30))
-        for start in range(first_key, last_key, BLOCK):
-            num = min(BLOCK, last_key - start)
-            if start == first_key:
-                _find(shape, buffers.pages, row, start, last_key, base, key_at)
-            else:
-                for i in range(BLOCK):
-                    key_at[i] = next_at[i]
-            # What is read next: the following block, or that of the next row.
-            if start + BLOCK < last_key:
-                _find(shape, buffers.pages, row, start + BLOCK, last_key, base, next_at)
-            else:
-                last_of_next = buffers.positions[next_row]
-                _find(shape, buffers.pages, next_row, 0, last_of_next, base, next_at)
-            for i in range(0, num, LANES):
-                sums = zeros(8, 8)
-                at = offsets(sums, key_at, i)
-                ahead = offsets(sums, next_at, i)
-                for block in range(0, width, 8):
-                    if block % 16 == 0:
-                        prefetch_rows(sums, kv, ahead, block)
-                    for c in range(block, block + 8):
-                        sums = multiply_add_rows(sums, kv, at, c, load(query, c * LANES, 8))
-                store_rows(scores, offsets(sums, row_at, i), 0, sums)
-            higher = top
-            for i in range(num):
-                higher = maximum(higher, load(scores, i * LANES, 8))
-            shrink = exponential(subtract(top, higher))
-            top = higher
-            mass = multiply(mass, shrink)
-            for i in range(num):
-                weight = exponential(subtract(load(scores, i * LANES, 8), top))
+    for start in range(first_key, last_key, BLOCK):
+        num = min(BLOCK, last_key - start)
+        turn = (start - first_key) // BLOCK % 2
+        key_at, next_at = places[turn * BLOCK :], places[(1 - turn) * BLOCK :]
+        if start == first_key:
+            _find(shape, buffers.pages, row, start, last_key, base, key_at)
+        # What is read next: the following block, or that of the next row.
+        if start + BLOCK < last_key:
+            _find(shape, buffers.pages, row, start + BLOCK, last_key, base, next_at)
+        else:
+            last_of_next = buffers.positions[next_row]
+            _find(shape, buffers.pages, next_row, 0, last_of_next, base, next_at)
+        for pair in range(0, heads, 2):
+            pair_at = offsets(two, query_at, pair)
+            own = pair * BLOCK
+            for i in range(0, num, 6):
+                at, ahead = offsets(six, key_at, i), offsets(six, next_at, i)
+                sums = zeros(12, 8)
+                for c in range(0, width, 16):
+                    if pair == 0:
+                        prefetch_rows(six, kv, ahead, c)
+                    sums = multiply_add_pairs(sums, query, pair_at, kv, at, c)
+                    if c + 8 < width:
+                        sums = multiply_add_pairs(sums, query, pair_at, kv, at, c + 8)
+                store_totals(scores, own + 2 * i, sums)
+            if num < BLOCK:
+                store(scores, own + 2 * num, none)
+        # Four keys of two heads in a vector.
+        for pair in range(0, heads, 2):
+            own, end = pair * BLOCK, pair * BLOCK + 2 * num
+            before = load(tops, 4 * pair, 8)
+            top = before
+            for i in range(own, end, 8):
+                top = maximum(top, load(scores, i, 8))
+            top = highest_of_parity(top)
+            shrink = exponential(multiply(subtract(before, top), scale))
+            mass = multiply(load(masses, 4 * pair, 8), shrink)
+            for i in range(own, end, 8):
+                weight = exponential(multiply(subtract(load(scores, i, 8), top), scale))
                 mass = add(mass, weight)
-                store(scores, i * LANES, weight)
-            if start > first_key:
-                store(factors, 0, shrink)
-                for h in range(num_heads):
-                    if factors[h] != 1.0:
-                        factor = splat(zeros(1, 16)[0], factors[h])
-                        for c in range(out_at[h], out_at[h] + latent, 16):
-                            store(out, c, multiply(load(out, c, 16), factor))
-            for h in range(0, num_heads, 4):
-                for c in range(0, latent, 16):
-                    sums = zeros(4, 16)
-                    at = offsets(sums, head_at, h)
-                    for i in range(num):
-                        value = load(kv, key_at[i] + c, 16)
-                        sums = multiply_add_rows(sums, scores, at, i * LANES, value)
-                    add_rows(out, offsets(sums, out_at, h), c, sums)
-        store(factors, 0, top)
-        for h in range(num_heads):
-            stats[part * 2 * heads + group + h] = factors[h]
-        store(factors, 0, mass)
-        for h in range(num_heads):
-            stats[(part * 2 + 1) * heads + group + h] = factors[h]
+                store(scores, i, weight)
+            store(tops, 4 * pair, top)
+            store(masses, 4 * pair, mass)
+            store(shrinks, pair, shrink)
+        for group in range(0, heads, GROUP):
+            group_at = offsets(four, out_at, group)
+            for c in range(0, latent, 16):
+                sums = multiply_rows(zeros(4, 16), out, group_at, c, shrinks, group)
+                for i in range(num):
+                    value = load(kv, key_at[i] + c, 16)
+                    at_weight = group * BLOCK + 2 * i
+                    sums = multiply_add_rows(sums, scores, weights_at, at_weight, value)
+                store_rows(out, group_at, c, sums)
+    for head in range(heads):
+        lane = 8 * (head // 2) + head % 2
+        stats[part * 2 * heads + head] = tops[lane] * shape.softmax_scale
+        stats[(part * 2 + 1) * heads + head] = (
+            masses[lane] + masses[lane + 2] + masses[lane + 4] + masses[lane + 6]
+        )
 
 
 @compiled
