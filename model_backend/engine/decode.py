@@ -174,12 +174,12 @@ class DecodeNetwork:
                 self._pages[row] = held.copy()
                 buffers.pages[row * width : row * width + len(held)] = held
         buffers.control[self._kernel.NUM_ROWS] = num_rows
-        self._kernel.post(self._shape, buffers)
+        number = self._kernel.post(self._shape, buffers)
         if self.num_threads > 1:
             self._team = self._team or _Team(self)
             self._team.wake()
         with contextlib.nullcontext() if self._is_compiled else _said_while_compiling():
-            self._kernel.step(*self._arguments, 0, self.num_threads)
+            self._kernel.run(*self._arguments, 0, self.num_threads, number - 1, 0)
         self._is_compiled = True
         return self.logits[:num_rows, : self._shape.vocabulary]
 
@@ -189,8 +189,9 @@ class DecodeNetwork:
         return list(zip(ids.tolist(), logprobs.tolist(), strict=True))
 
     def follow(self, thread: int, seen: int) -> int:
-        """Take part in steps as thread ``thread``; see ``kernel.follow``."""
-        last: int = self._kernel.follow(*self._arguments, thread, self.num_threads, seen)
+        """Take part in steps after ``seen`` as thread ``thread``; returns the last one."""
+        arguments = (*self._arguments, thread, self.num_threads, seen, self._kernel.IDLE_SPINS)
+        last: int = self._kernel.run(*arguments)
         return last
 
     def close(self) -> None:

@@ -5,7 +5,7 @@
                      │   += o <── W_UV <── merge <── attention over pages <────────┘
                      └─ norm ── router ── gate, up ── silu, * ── += down ── norm ── lm_head
 
-All threads run ``step`` at once, each on its share of the columns (of the rows in attention), and
+All threads are in ``run`` at once, each on its share of the columns (of the rows in attention), and
 meet between the stages. A weight is read once a step, whatever the number of rows, and an expert
 only if a row chose it. Weights that bfloat16 holds exactly are kept so and widened in registers:
 half the bytes, and every product and sum in float32 all the same.
@@ -32,6 +32,7 @@ from swarm_sdk.model_backend.kernels.simd import (
     exponential,
     highest,
     highest_of_parity,
+    inlined,
     load,
     load_weights,
     look,
@@ -171,11 +172,12 @@ def _rows(
     first: int,
     column: int,
     mode: int,
+    ahead: int,
 ) -> None:
     """Multiply as many rows as ``sums`` has by one tile of a matrix."""
     at = offsets(sums, x_at, first)
     for k in range(depth):
-        prefetch_weights(w, w_row + depth + k)
+        prefetch_weights(w, ahead + k)
         sums = multiply_add_rows(sums, x, at, k, load_weights(w, w_row + k))
     to = offsets(sums, y_at, first)
     if mode == ADD:
@@ -196,13 +198,14 @@ def _one_row(
     first: int,
     column: int,
     mode: int,
+    ahead: int,
 ) -> None:
     """The same for a single row: four sums in turn, so that none waits for itself."""
     a, b, c, d = zeros(4, 16)
     at = x_at[first]
     for k in range(0, depth, 4):
-        prefetch_weights(w, w_row + depth + k)
-        prefetch_weights(w, w_row + depth + k + 2)
+        prefetch_weights(w, ahead + k)
+        prefetch_weights(w, ahead + k + 2)
         a = multiply_add(splat(a, x[at + k]), load_weights(w, w_row + k), a)
         b = multiply_add(splat(b, x[at + k + 1]), load_weights(w, w_row + k + 1), b)
         c = multiply_add(splat(c, x[at + k + 2]), load_weights(w, w_row + k + 2), c)
@@ -226,28 +229,52 @@ def product(
     num: int,
     column: int,
     mode: int,
+    ahead: int,
 ) -> None:
     """Columns ``column … + 16`` of y = x W, or y += x W, for ``num`` rows that lie anywhere.
 
-    Row r is read from ``x[x_at[r]:]`` and written to ``y[y_at[r]:]``.
+    Row r is read from ``x[x_at[r]:]`` and written to ``y[y_at[r]:]``. Weights from row ``ahead``
+    on, those of the next product, are fetched meanwhile.
     """
     first = 0
     while first < num:
         left = num - first
         take = left if left <= 6 else 6 if left >= 12 else (left + 1) // 2
         if take == 6:
-            _rows(zeros(6, 16), w, w_row, depth, x, x_at, y, y_at, first, column, mode)
+            _rows(zeros(6, 16), w, w_row, depth, x, x_at, y, y_at, first, column, mode, ahead)
         elif take == 5:
-            _rows(zeros(5, 16), w, w_row, depth, x, x_at, y, y_at, first, column, mode)
+            _rows(zeros(5, 16), w, w_row, depth, x, x_at, y, y_at, first, column, mode, ahead)
         elif take == 4:
-            _rows(zeros(4, 16), w, w_row, depth, x, x_at, y, y_at, first, column, mode)
+            _rows(zeros(4, 16), w, w_row, depth, x, x_at, y, y_at, first, column, mode, ahead)
         elif take == 3:
-            _rows(zeros(3, 16), w, w_row, depth, x, x_at, y, y_at, first, column, mode)
+            _rows(zeros(3, 16), w, w_row, depth, x, x_at, y, y_at, first, column, mode, ahead)
         elif take == 2:
-            _rows(zeros(2, 16), w, w_row, depth, x, x_at, y, y_at, first, column, mode)
+            _rows(zeros(2, 16), w, w_row, depth, x, x_at, y, y_at, first, column, mode, ahead)
         else:
-            _one_row(w, w_row, depth, x, x_at, y, y_at, first, column, mode)
+            _one_row(w, w_row, depth, x, x_at, y, y_at, first, column, mode, ahead)
         first += take
+
+
+@compiled
+def _tiles(
+    w: Any,
+    w_row: int,
+    depth: int,
+    start: int,
+    stop: int,
+    x: Floats,
+    x_at: Integers,
+    y: Floats,
+    y_at: Integers,
+    num: int,
+    mode: int,
+    ahead: int,
+) -> None:
+    """Tiles ``start … stop`` of a matrix that begins at row ``w_row``; then come ``ahead``'s."""
+    for tile in range(start, stop):
+        at = w_row + tile * depth
+        following = at + depth if tile + 1 < stop else ahead
+        product(w, at, depth, x, x_at, y, y_at, num, tile * TILE, mode, following)
 
 
 @compiled
@@ -516,8 +543,8 @@ def _pick(shape: Shape, buffers: Buffers, row: int) -> None:
     buffers.logprobs[row] = -math.log(mass)
 
 
-@compiled
-def step(
+@inlined
+def _step(
     shape: Shape, w: Any, vectors: Floats, table: Any, b: Buffers, thread: int, num_threads: int
 ) -> None:
     """Compute one token of each row: this thread's share."""
@@ -552,19 +579,11 @@ def step(
         _lay(x_at, 0, hidden, num)
         _lay(y_at, 0, shape.a_padded, num)
         start, stop = _share(shape.a_padded // TILE, thread, num_threads)
-        for tile in range(start, stop):
-            product(
-                w,
-                at[QKV_A] + tile * hidden,
-                hidden,
-                normed,
-                x_at,
-                b.a,
-                y_at,
-                num,
-                tile * TILE,
-                STORE,
-            )
+        first_head, last_head = _share(heads, thread, num_threads)
+        q_rows, key_rows = shape.q_padded // TILE * q_rank, latent // TILE * shape.nope
+        value_rows = shape.value_padded // TILE * latent
+        ahead = at[Q_B] + first_head * q_rows
+        _tiles(w, at[QKV_A], hidden, start, stop, normed, x_at, b.a, y_at, num, STORE, ahead)
         wait_for_all(b.control, BARRIER, num_threads)
 
         # -> the key, stored in its page; queries over latents, by heads
@@ -589,16 +608,14 @@ def step(
             b.a, 0, shape.a_padded, num, q_rank, vectors, at[Q_NORM], shape.eps, normed, 0, q_rank
         )
         _lay(x_at, 0, q_rank, num)
-        start, stop = _share(heads, thread, num_threads)
-        for head in range(start, stop):
+        for head in range(first_head, last_head):
             _lay(y_at, head * shape.q_padded, heads * shape.q_padded, num)
             _lay(z_at, head * shape.key_padded, heads * shape.key_padded, num)
-            for tile in range(shape.q_padded // TILE):
-                w_row = at[Q_B] + (head * shape.q_padded // TILE + tile) * q_rank
-                product(w, w_row, q_rank, normed, x_at, b.q, y_at, num, tile * TILE, STORE)
-            for tile in range(latent // TILE):
-                w_row = at[W_UK] + (head * latent // TILE + tile) * shape.nope
-                product(w, w_row, shape.nope, b.q, y_at, b.q_key, z_at, num, tile * TILE, STORE)
+            w_row, ahead = at[Q_B] + head * q_rows, at[W_UK] + head * key_rows
+            tiles = shape.q_padded // TILE
+            _tiles(w, w_row, q_rank, 0, tiles, normed, x_at, b.q, y_at, num, STORE, ahead)
+            w_row, ahead, tiles = ahead, w_row + q_rows, latent // TILE
+            _tiles(w, w_row, shape.nope, 0, tiles, b.q, y_at, b.q_key, z_at, num, STORE, ahead)
             for row in range(num):
                 _rotate(
                     b.q,
@@ -622,36 +639,34 @@ def step(
         wait_for_all(b.control, BARRIER, num_threads)
 
         # -> values, by heads
-        start, stop = _share(heads, thread, num_threads)
-        for head in range(start, stop):
+        depth = heads * shape.value_padded
+        start, stop = _share(hidden // TILE, thread, num_threads)
+        for head in range(first_head, last_head):
             for row in range(num):
                 _merge(shape, b, row, head, num_parts)
             _lay(x_at, head * latent, num_parts * heads * latent, num)
             _lay(y_at, head * shape.value_padded, heads * shape.value_padded, num)
-            for tile in range(shape.value_padded // TILE):
-                w_row = at[W_UV] + (head * shape.value_padded // TILE + tile) * latent
-                product(w, w_row, latent, b.parts, x_at, b.value, y_at, num, tile * TILE, STORE)
+            w_row, tiles = at[W_UV] + head * value_rows, shape.value_padded // TILE
+            is_last = head + 1 == last_head
+            ahead = at[OUT] + start * depth if is_last else w_row + value_rows
+            _tiles(w, w_row, latent, 0, tiles, b.parts, x_at, b.value, y_at, num, STORE, ahead)
         wait_for_all(b.control, BARRIER, num_threads)
 
         # -> x += attention
-        depth = heads * shape.value_padded
+        experts = at[NUM_EXPERTS]
         _lay(x_at, 0, depth, num)
         _lay(y_at, 0, hidden, num)
-        start, stop = _share(hidden // TILE, thread, num_threads)
-        for tile in range(start, stop):
-            w_row = at[OUT] + tile * depth
-            product(w, w_row, depth, b.value, x_at, b.x, y_at, num, tile * TILE, ADD)
+        ahead = at[ROUTER] if experts else at[SHARED_GATE_UP]
+        _tiles(w, at[OUT], depth, start, stop, b.value, x_at, b.x, y_at, num, ADD, ahead)
         wait_for_all(b.control, BARRIER, num_threads)
 
         # -> gates and ups of every expert that was chosen; each thread routes for itself
         _norm(b.x, 0, hidden, num, hidden, vectors, at[POST_NORM], shape.eps, normed, 0, hidden)
         _lay(x_at, 0, hidden, num)
-        experts = at[NUM_EXPERTS]
         if experts:
             _lay(y_at, 0, router_width, num)
-            for tile in range(router_width // TILE):
-                w_row = at[ROUTER] + tile * hidden
-                product(w, w_row, hidden, normed, x_at, router, y_at, num, tile * TILE, STORE)
+            tiles, ahead = router_width // TILE, at[GATE_UP]
+            _tiles(w, at[ROUTER], hidden, 0, tiles, normed, x_at, router, y_at, num, STORE, ahead)
             _route(shape, num, router, vectors, at[BIAS], weights, row_of, ends, chosen)
             for place in range(num_places):
                 x_at[place] = row_of[place] * hidden
@@ -667,27 +682,23 @@ def step(
         for expert in range(experts + 1):
             inner = shape.inner if expert < experts else shared_inner
             base = ends[experts - 1] * shape.inner if expert == experts and experts else 0
+            start, stop = _share(inner // TILE, thread, num_threads)
+            size = 2 * inner // TILE * hidden
             w_start = at[SHARED_GATE_UP]
+            w_next = at[DOWN] if experts else at[SHARED_DOWN]
             if expert < experts:
-                w_start = at[GATE_UP] + expert * (2 * inner // TILE) * hidden
+                w_start = at[GATE_UP] + expert * size
+                is_last = expert + 1 == experts
+                w_next = (at[SHARED_GATE_UP] if is_last else w_start + size) + 2 * start * hidden
             count = ends[expert] - first
             if count:
-                start, stop = _share(inner // TILE, thread, num_threads)
                 for tile in range(start, stop):
-                    for half in range(2):
-                        w_row = w_start + (2 * tile + half) * hidden
-                        product(
-                            w,
-                            w_row,
-                            hidden,
-                            normed,
-                            x_at[first:],
-                            gate_up,
-                            y_at[first:],
-                            count,
-                            half * TILE,
-                            STORE,
-                        )
+                    w_row = w_start + 2 * tile * hidden
+                    ahead = w_row + 2 * hidden if tile + 1 < stop else w_next
+                    here, there = x_at[first:], y_at[first:]
+                    _tiles(
+                        w, w_row, hidden, 0, 2, normed, here, gate_up, there, count, STORE, ahead
+                    )
                     for place in range(first, ends[expert]):
                         gate = load(gate_up, y_at[place], 16)
                         up = load(gate_up, y_at[place] + TILE, 16)
@@ -712,24 +723,15 @@ def step(
         for expert in range(experts + 1):
             depth = shape.inner if expert < experts else shared_inner
             w_start = at[SHARED_DOWN]
+            ahead = table[layer + 1][QKV_A] if layer + 1 < shape.layers else shape.head
             if expert < experts:
                 w_start = at[DOWN] + expert * (hidden // TILE) * depth
+                is_last = expert + 1 == experts
+                ahead = at[SHARED_DOWN] if is_last else w_start + hidden // TILE * depth
+                ahead += start * depth
+            here, there = x_at[first:], y_at[first:]
             count = ends[expert] - first
-            if count:
-                for tile in range(start, stop):
-                    w_row = w_start + tile * depth
-                    product(
-                        w,
-                        w_row,
-                        depth,
-                        b.inner,
-                        x_at[first:],
-                        b.x,
-                        y_at[first:],
-                        count,
-                        tile * TILE,
-                        ADD,
-                    )
+            _tiles(w, w_start, depth, start, stop, b.inner, here, b.x, there, count, ADD, ahead)
             first = ends[expert]
         wait_for_all(b.control, BARRIER, num_threads)
 
@@ -738,9 +740,8 @@ def step(
     _lay(x_at, 0, hidden, num)
     _lay(y_at, 0, padded, num)
     start, stop = _share(padded // TILE, thread, num_threads)
-    for tile in range(start, stop):
-        w_row = shape.head + tile * hidden
-        product(w, w_row, hidden, normed, x_at, b.logits, y_at, num, tile * TILE, STORE)
+    ahead = table[0][QKV_A]
+    _tiles(w, shape.head, hidden, start, stop, normed, x_at, b.logits, y_at, num, STORE, ahead)
     wait_for_all(b.control, BARRIER, num_threads)
     start, stop = _share(num, thread, num_threads)
     for row in range(start, stop):
@@ -749,15 +750,15 @@ def step(
 
 
 @compiled
-def post(shape: Shape, b: Buffers) -> None:
-    """Announce a step to the threads that follow; what was written before is seen by them."""
+def post(shape: Shape, b: Buffers) -> int:
+    """Announce a step to all threads, which see what was written before; returns its number."""
     for layer in range(shape.layers):
         b.control[ATTENTION + layer] = 0
-    take_ticket(b.control, POSTED)
+    return take_ticket(b.control, POSTED) + 1
 
 
 @compiled
-def follow(
+def run(
     shape: Shape,
     w: Any,
     vectors: Floats,
@@ -766,12 +767,16 @@ def follow(
     thread: int,
     num_threads: int,
     seen: int,
+    patience: int,
 ) -> int:
-    """Take part in every step after number ``seen``; returns the last one once none comes."""
+    """Take part in every step after number ``seen``.
+
+    Returns the last one when ``patience`` looks have found no other.
+    """
     spins = 0
-    while spins < IDLE_SPINS:
+    while spins <= patience:
         if look(b.control, POSTED) > seen:
-            step(shape, w, vectors, table, b, thread, num_threads)
+            _step(shape, w, vectors, table, b, thread, num_threads)
             seen += 1
             spins = 0
         else:

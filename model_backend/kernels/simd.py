@@ -41,6 +41,12 @@ def compiled(function: Function) -> Function:
     return cast("Function", njit(nogil=True, cache=True, error_model="numpy")(function))
 
 
+def inlined(function: Function) -> Function:
+    """Make a function a part of each that calls it: for large ones that one other calls."""
+    decorate = njit(nogil=True, error_model="numpy", inline="always")
+    return cast("Function", decorate(function))
+
+
 def intrinsic(function: Any = None, **options: Any) -> Any:
     """Numba's decorator: typed as what it makes, not as what it is given."""
     return numba_intrinsic(function, **options) if function else numba_intrinsic(**options)

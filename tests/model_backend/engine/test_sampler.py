@@ -14,10 +14,12 @@ VOCABULARY = 50
 
 
 def distribution(logits, temperature, top_p):
-    """Probabilities [V] after temperature and top-p, most likely first where they are equal."""
+    """Probabilities [V] after temperature and top-p, and the order in which ids are summed."""
     scaled = logits.double().numpy() / temperature
     p = np.exp(scaled - scaled.max())
     p /= p.sum()
+    if top_p == 1:
+        return p, np.arange(len(p))
     order = np.argsort(-p, kind="stable")
     num_kept = int((np.cumsum(p[order]) < top_p).sum()) + 1
     kept = np.zeros_like(p)
@@ -71,6 +73,6 @@ def test_a_row_does_not_depend_on_the_rows_beside_it():
 def test_temperature_zero_takes_the_most_likely_id_under_the_plain_softmax():
     logits = random_logits(3)
     ((token_id, logprob),) = sample(logits, [0.0], [0.5], [0.9])
-    p, order = distribution(logits[0], 1.0, 1.0)
-    assert token_id == order[0]
+    p, _ = distribution(logits[0], 1.0, 1.0)
+    assert token_id == int(p.argmax())
     assert logprob == pytest.approx(math.log(p[token_id]), abs=1e-5)
