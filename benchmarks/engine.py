@@ -2,12 +2,19 @@
 
     python benchmarks/engine.py [--json] [--quick]
 
+Both engines take turns in one run. A turn times generating 1 token, prompt included, and the same
+with N more; the difference of the two is decoding alone. Other load can only make a turn longer, so
+a side's speed is that of its shortest time of each kind, for both sides alike; what the medians of
+the same times give stands beside it (``_median``).
+
 Keys: decode_ratio_b32 and decode_ratio_b1 (tokens a second over transformers' generate with its
 default experts, greedy, float32, the same prompts, same run), decode_ratio_b32_NAME (over the same
-with its experts implementation NAME), tokens_per_s_*, floor_tokens_per_s_b32 (what reading the
-packed weights and the keys of a step once would allow at the memory's measured speed) and
-floor_share_b32 (ours over it; above 1 where caches hold a part), shared_prefix_computed_once (1
-if 32 sequences with one 1,000-token prefix put it through the network once).
+with its experts implementation NAME, one turn), tokens_per_s_*. Two bounds at batch 32, each if all
+else took no time: floor_tokens_per_s_b32 (reading the packed weights and the keys of a step once,
+at the memory's measured speed) and compute_floor_tokens_per_s_b32 (the multiplications and
+additions of a step, at the speed of fused multiply-adds on registers, all threads), and ours over
+them (floor_share_b32, compute_share_b32). shared_prefix_computed_once (1 if 32 sequences with one
+1,000-token prefix put it through the network once).
 """
 
 from __future__ import annotations
@@ -18,9 +25,13 @@ import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import anyio
+import numpy as np
 import torch
 from report import report  # benchmarks/report.py
 
@@ -31,6 +42,11 @@ from swarm_sdk.model_backend.engine.pages import bytes_per_token
 from swarm_sdk.model_backend.model.kimi import KimiModel
 from swarm_sdk.model_backend.weights.checkpoint import load, save
 from swarm_sdk.types import Sampling
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from swarm_sdk.model_backend.model.config import TextConfig
 
 PROMPT_TOKENS = 96
 VOCABULARY = 3_800
@@ -47,7 +63,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one repeat, fewer tokens")
     parser.add_argument("--json", action="store_true", dest="as_json")
     options = parser.parse_args()
-    repeats, num_new = (1, 16) if options.quick else (3, 128)
+    turns, num_new = (1, 16) if options.quick else (5, 128)
     torch.set_num_threads(2)
     model = load(nano_directory(), dtype=torch.float32, device="cpu")
     with tempfile.TemporaryDirectory() as folder:
@@ -60,19 +76,19 @@ def main() -> None:
     peers: dict[str, float] = {}
     for batch in (1, 32):
         prompts = _prompts(batch)
-        ours, theirs = [], []
-        for _ in range(repeats):
-            # Decoding alone: what 1 token takes, prompt included, is subtracted on both sides.
-            seconds = [anyio.run(_decode_ours, model, prompts, n) for n in (1, num_new + 1)]
-            ours.append(batch * num_new / (seconds[1] - seconds[0]))
-            seconds = [_decode_theirs(peer, prompts, n) for n in (1, num_new + 1)]
-            theirs.append(batch * num_new / (seconds[1] - seconds[0]))
-            sys.stderr.write(f"batch {batch}: {ours[-1]:.0f} and {theirs[-1]:.0f} tokens/s\n")
-        ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
-        results[f"decode_ratio_b{batch}"] = round(statistics.median(ratios), 2)
-        results[f"decode_ratio_b{batch}_spread"] = round(max(ratios) - min(ratios), 2)
-        results[f"tokens_per_s_b{batch}"] = round(statistics.median(ours), 1)
-        peers[f"transformers_tokens_per_s_b{batch}"] = round(statistics.median(theirs), 1)
+        ours, theirs = _Turns(batch, num_new), _Turns(batch, num_new)
+        for _ in range(turns):
+            for times in ("prompt_s", "all_s"):
+                n = 1 if times == "prompt_s" else num_new + 1
+                getattr(ours, times).append(anyio.run(_decode_ours, model, prompts, n))
+                getattr(theirs, times).append(_decode_theirs(peer, prompts, n))
+            sys.stderr.write(f"batch {batch}: {ours} and {theirs}\n")
+        for suffix, of in (("", min), ("_median", statistics.median)):
+            ratio = ours.tokens_per_s(of) / theirs.tokens_per_s(of)
+            results[f"decode_ratio_b{batch}{suffix}"] = round(ratio, 2)
+            results[f"tokens_per_s_b{batch}{suffix}"] = round(ours.tokens_per_s(of), 1)
+            key = f"transformers_tokens_per_s_b{batch}{suffix}"
+            peers[key] = round(theirs.tokens_per_s(of), 1)
     for name, other in others.items():
         seconds = [_decode_theirs(other, prompts, n) for n in (1, num_new + 1)]
         theirs_per_s = batch * num_new / (seconds[1] - seconds[0])
@@ -87,6 +103,12 @@ def main() -> None:
     results["step_mb_b32"] = round(step_bytes / 1e6, 1)
     results["floor_tokens_per_s_b32"] = round(floor, 1)
     results["floor_share_b32"] = round(results["tokens_per_s_b32"] / floor, 3)
+    flops_per_s = _flops_per_s(torch.get_num_threads())
+    flops = _flops_per_token(model.config.text_config, PROMPT_TOKENS + num_new // 2)
+    results["fma_gflop_per_s"] = round(flops_per_s / 1e9, 1)
+    results["mflop_per_token"] = round(flops / 1e6, 2)
+    results["compute_floor_tokens_per_s_b32"] = round(flops_per_s / flops, 1)
+    results["compute_share_b32"] = round(results["tokens_per_s_b32"] * flops / flops_per_s, 3)
     computed = anyio.run(_computed_tokens, model)
     least = PREFIX_TOKENS // 16 * 16
     results["shared_prefix_tokens_computed"] = computed
@@ -97,11 +119,80 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "prompt_tokens": PROMPT_TOKENS,
         "new_tokens": num_new,
-        "repeats": repeats,
+        "turns": turns,
+        "statistic": "shortest time of each side; _median: medians",
         "prefill": "subtracted on both sides",
         "experts_of_decode_ratio": default_experts,
     }
     report("engine", settings, results, peers, as_json=options.as_json)
+
+
+@dataclass
+class _Turns:
+    """Times of one side, a number for each turn."""
+
+    batch: int
+    num_new: int
+    prompt_s: list[float] = field(default_factory=list)
+    """Prompts and one token of each sequence."""
+    all_s: list[float] = field(default_factory=list)
+    """The same, and ``num_new`` tokens more."""
+
+    def tokens_per_s(self, of: Callable[[list[float]], float]) -> float:
+        return self.batch * self.num_new / (of(self.all_s) - of(self.prompt_s))
+
+    def __str__(self) -> str:
+        return f"{self.prompt_s[-1]:.3f} s, {self.all_s[-1]:.3f} s"
+
+
+def _flops_per_token(text: TextConfig, num_keys: int) -> float:
+    """Floating-point operations of one token's step, attention in the absorbed form."""
+    hidden, heads, latent = text.hidden_size, text.num_attention_heads, text.kv_lora_rank
+    nope, rope, value = text.qk_nope_head_dim, text.qk_rope_head_dim, text.v_head_dim
+    attention = hidden * (text.q_lora_rank + latent + rope)
+    attention += heads * (text.q_lora_rank * (nope + rope) + latent * (nope + value))
+    attention += heads * (num_keys * (2 * latent + rope) + value * hidden)
+    num_experts = text.num_experts_per_tok + text.n_shared_experts
+    mixture = hidden * (text.n_routed_experts + 3 * num_experts * text.moe_intermediate_size)
+    num_dense = text.first_k_dense_replace
+    num_mixtures = text.num_hidden_layers - num_dense
+    dense = 3 * hidden * text.intermediate_size
+    products = attention * text.num_hidden_layers + mixture * num_mixtures + dense * num_dense
+    return 2.0 * (products + hidden * text.vocab_size)
+
+
+def _flops_per_s(num_threads: int) -> float:
+    """Speed of fused multiply-adds that touch registers only, on all threads at once: best of 20.
+
+    Twelve independent sums of 8 numbers: enough to fill two units of four cycles each.
+    """
+    from swarm_sdk.model_backend.kernels.simd import (
+        compiled,
+        load,
+        multiply_add_rows,
+        offsets,
+        store_rows,
+        zeros,
+    )
+
+    @compiled
+    def multiply(rounds: int, x: object, at: object) -> None:
+        sums = zeros(12, 8)
+        places, factor = offsets(sums, at, 0), load(x, 0, 8)
+        for _ in range(rounds):
+            sums = multiply_add_rows(sums, x, places, 0, factor)
+        store_rows(x, places, 8, sums)
+
+    rounds, best = 5_000_000, 0.0
+    arrays = [(np.full(16, 0.5, np.float32), np.zeros(12, np.int64)) for _ in range(num_threads)]
+    multiply(1, *arrays[0])
+    with ThreadPoolExecutor(num_threads) as pool:
+        for _ in range(20):
+            started_s = time.perf_counter()
+            list(pool.map(lambda pair: multiply(rounds, *pair), arrays))
+            seconds = time.perf_counter() - started_s
+            best = max(best, num_threads * rounds * 12 * 8 * 2 / seconds)
+    return best
 
 
 def _read_bytes_per_s() -> float:

@@ -48,6 +48,7 @@ def is_supported(model: KimiModel) -> bool:
         and all(width % TILE == 0 for width in (*in_tiles, text.moe_intermediate_size))
         and text.num_attention_heads % 4 == 0
         and text.qk_nope_head_dim % 4 == 0
+        and text.qk_rope_head_dim % 8 == 0
     )
 
 
@@ -103,7 +104,8 @@ class DecodeNetwork:
         num_places = max_rows * (shape.chosen + 1)
         widest = max(text.intermediate_size, text.moe_intermediate_size * text.n_shared_experts)
         own_of_experts = max_rows * _padded(shape.experts) + num_places * (2 + 2 * TILE)
-        own_of_attention = kernel.LANES * (kernel.BLOCK + 1 + kv.shape[2])
+        own_of_attention = heads * (kernel.BLOCK + 9) + 16
+        places_of_attention = 2 * (kernel.BLOCK + heads)
 
         def floats(*sizes: int) -> Tensor:
             return torch.zeros(sizes, dtype=torch.float32)
@@ -132,8 +134,8 @@ class DecodeNetwork:
             logits=self.logits,
             best=integers(max_rows),
             logprobs=floats(max_rows),
-            private=floats(self.num_threads, own),
-            places=integers(self.num_threads, 5 * num_places + shape.experts + 4 * kernel.BLOCK),
+            private=floats(self.num_threads, _padded(own)),
+            places=integers(self.num_threads, 5 * num_places + shape.experts + places_of_attention),
             control=integers(kernel.ATTENTION + shape.layers),
         )
         per_thread = ("private", "places")
@@ -153,6 +155,8 @@ class DecodeNetwork:
             self._buffers,
         )
         self._kernel: Any = kernel
+        self._pages: list[list[int]] = [[] for _ in range(max_rows)]
+        """What the table of pages holds."""
         self._team: _Team | None = None
         self._is_compiled = False
 
@@ -166,15 +170,16 @@ class DecodeNetwork:
         buffers.positions[:num_rows] = positions
         width = self._shape.pages
         for row, held in enumerate(pages):
-            start = row * width
-            buffers.pages[start : start + len(held)] = held
+            if held != self._pages[row]:  # rarely: comparing is cheaper than copying
+                self._pages[row] = held.copy()
+                buffers.pages[row * width : row * width + len(held)] = held
         buffers.control[self._kernel.NUM_ROWS] = num_rows
-        self._kernel.post(self._shape, buffers)
+        number = self._kernel.post(self._shape, buffers)
         if self.num_threads > 1:
             self._team = self._team or _Team(self)
             self._team.wake()
         with contextlib.nullcontext() if self._is_compiled else _said_while_compiling():
-            self._kernel.step(*self._arguments, 0, self.num_threads)
+            self._kernel.run(*self._arguments, 0, self.num_threads, number - 1, 0)
         self._is_compiled = True
         return self.logits[:num_rows, : self._shape.vocabulary]
 
@@ -184,8 +189,9 @@ class DecodeNetwork:
         return list(zip(ids.tolist(), logprobs.tolist(), strict=True))
 
     def follow(self, thread: int, seen: int) -> int:
-        """Take part in steps as thread ``thread``; see ``kernel.follow``."""
-        last: int = self._kernel.follow(*self._arguments, thread, self.num_threads, seen)
+        """Take part in steps after ``seen`` as thread ``thread``; returns the last one."""
+        arguments = (*self._arguments, thread, self.num_threads, seen, self._kernel.IDLE_SPINS)
+        last: int = self._kernel.run(*arguments)
         return last
 
     def close(self) -> None:

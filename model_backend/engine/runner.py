@@ -85,25 +85,19 @@ class Runner:
         if self.decode_network is not None and len(fast) > self.decode_network.max_rows:
             self.max_running = 2 * len(fast)
             self.refresh_weights()
-        results: dict[int, tuple[int, float]] = {}
+        results: dict[Chunk, tuple[int, float]] = {}
         logits: list[Tensor] = []
         sampled: list[Chunk] = []
         if self.decode_network is not None and fast:
             logits_BV = self._decode(self.decode_network, fast)
-            rows: list[int] = []
-            for row, (chunk, best) in enumerate(
-                zip(fast, self.decode_network.best(len(fast)), strict=True)
-            ):
-                if chunk.sequence.sampling.temperature == 0:
-                    results[id(chunk)] = best
-                elif chunk.samples:
-                    rows.append(row)
+            results.update(zip(fast, self.decode_network.best(len(fast)), strict=True))
+            rows = [i for i, c in enumerate(fast) if c.samples and c.sequence.sampling.temperature]
             if rows:
                 logits.append(logits_BV[rows])
                 sampled += [fast[row] for row in rows]
         if self.graphs is not None and fast:
             drawn = self.graphs.run(fast)
-            results.update(zip((id(chunk) for chunk in fast if chunk.samples), drawn, strict=True))
+            results.update(zip([c for c in fast if c.samples], drawn, strict=True))
         if rest:
             hidden_TD = self._forward(rest)
             ends = [chunk for chunk in rest if chunk.samples]
@@ -118,21 +112,22 @@ class Runner:
                 [seq.sampling.top_p for seq in sequences],
                 [seq.uniforms.random() for seq in sequences],
             )
-            results.update(zip(map(id, sampled), drawn, strict=True))
-        return [results[id(chunk)] for chunk in chunks if chunk.samples]
+            results.update(zip(sampled, drawn, strict=True))
+        return [results[chunk] for chunk in chunks if chunk.samples]
 
     def _split(self, chunks: List[Chunk]) -> tuple[List[Chunk], List[Chunk]]:
         """Chunks for the compiled or captured step, and the others, each in order."""
         if self.decode_network is None and self.graphs is None:
             return [], chunks
-        most = 1 if self.graphs is None else max(chunk.num_tokens for chunk in chunks)
         placeholder = self.model.config.media_placeholder_token_id
-        fast: list[Chunk] = []
-        rest: list[Chunk] = []
-        for chunk in chunks:
-            is_fast = chunk.num_tokens <= most and placeholder not in chunk.ids
-            (fast if is_fast else rest).append(chunk)
-        return fast, rest
+        if self.graphs is not None:
+            fast = [c for c in chunks if placeholder not in c.ids]
+        else:
+            fast = [c for c in chunks if c.num_tokens == 1 and c.next_id != placeholder]
+        if len(fast) == len(chunks):
+            return fast, []
+        is_fast = set(fast)
+        return fast, [chunk for chunk in chunks if chunk not in is_fast]
 
     def _decode(self, network: DecodeNetwork, chunks: List[Chunk]) -> Tensor:
         """Return logits [B, V]."""

@@ -40,7 +40,9 @@ def sample(
         dtype=torch.float64,
         device=logits_BV.device,
     )
-    return to_list(draw(logits_BV, settings_3B, truncates=min(top_ps) < 1))
+    pairs = zip(temperatures, top_ps, strict=True)
+    truncates = any(temperature and top_p < 1 for temperature, top_p in pairs)
+    return to_list(draw(logits_BV, settings_3B, truncates=truncates))
 
 
 def draw(logits_BV: Tensor, settings_3B: Tensor, *, truncates: bool) -> Tensor:
@@ -53,13 +55,13 @@ def draw(logits_BV: Tensor, settings_3B: Tensor, *, truncates: bool) -> Tensor:
     is_greedy_B = temperatures_B == 0
     divisors_B = temperatures_B.masked_fill(is_greedy_B, 1.0).float()
     logprobs_BV = (logits_BV / divisors_B[:, None]).log_softmax(dim=-1)
-    sums_BV = logprobs_BV.double().exp().cumsum(dim=-1)
+    sums_BV = logprobs_BV.exp().cumsum(dim=-1, dtype=torch.float64)
     ids_B = _passed(sums_BV, uniforms_B * sums_BV[:, -1])
     ids_B = torch.where(is_greedy_B, logits_BV.argmax(dim=-1), ids_B)
     drawn_B = _at(logprobs_BV, ids_B).double()
     if truncates:
         sorted_BV, order_BV = logprobs_BV.sort(dim=-1, descending=True, stable=True)
-        sums_BV = sorted_BV.double().exp().cumsum(dim=-1)
+        sums_BV = sorted_BV.exp().cumsum(dim=-1, dtype=torch.float64)
         # A token is kept if those before it do not reach top_p: the first one always is.
         last_B = (sums_BV < top_ps_B[:, None]).sum(dim=-1).clamp(max=logits_BV.shape[-1] - 1)
         mass_B = _at(sums_BV, last_B)

@@ -18,18 +18,21 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from concurrent.futures import Future
 
     from swarm_sdk.model_backend.engine.pages import PageTable
     from swarm_sdk.model_backend.engine.sequence import Sequence
-    from swarm_sdk.types import FinishReason
+    from swarm_sdk.types import FinishReason, Generation
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Chunk:
     """The next ``num_tokens`` uncomputed tokens of a sequence."""
 
     sequence: Sequence
     num_tokens: int
+    samples: bool
+    """Whether the chunk reaches the sequence's last id, so that the next one is sampled."""
 
     @property
     def next_id(self) -> int:
@@ -42,11 +45,6 @@ class Chunk:
         start = self.sequence.num_computed_tokens
         return self.sequence.ids[start : start + self.num_tokens]
 
-    @property
-    def samples(self) -> bool:
-        """Whether the chunk reaches the sequence's last id, so that the next one is sampled."""
-        return self.num_tokens == self.sequence.num_to_compute
-
 
 class Scheduler:
     """Queues of sequences and the pages they hold."""
@@ -58,6 +56,8 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         """In order of admission: the last one is the first to be preempted."""
+        self._has_cancelled = False
+        """Noted by their futures, so that no step has to ask each of them."""
         self.num_preemptions: int = 0
         self.num_computed_prompt_tokens: int = 0
 
@@ -69,17 +69,20 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence."""
         self.waiting.append(sequence)
+        sequence.future.add_done_callback(self._note_end)
 
     def schedule(self) -> list[Chunk]:
         """Choose the chunks of the next step, those of one token first."""
         self._drop_cancelled()
         self._grow()
-        decodes = [Chunk(seq, 1) for seq in self.running if seq.num_to_compute == 1]
+        decodes = [Chunk(seq, 1, samples=True) for seq in self.running if seq.num_to_compute == 1]
         prefills: list[Chunk] = []
         budget = self.prefill_chunk_tokens
         for sequence in self._unfinished_prompts():
             num_tokens = min(sequence.num_to_compute, budget)
-            (prefills if num_tokens > 1 else decodes).append(Chunk(sequence, num_tokens))
+            is_last = num_tokens == sequence.num_to_compute
+            chunk = Chunk(sequence, num_tokens, samples=is_last)
+            (prefills if num_tokens > 1 else decodes).append(chunk)
             budget -= num_tokens
             if budget <= 0:
                 break
@@ -95,9 +98,9 @@ class Scheduler:
         finished: list[tuple[Sequence, FinishReason]] = []
         results = iter(sampled)
         for chunk in chunks:
-            sequence, samples = chunk.sequence, chunk.samples
+            sequence = chunk.sequence
             self._advance(sequence, chunk.num_tokens)
-            if samples:
+            if chunk.samples:
                 reason = sequence.append(*next(results))
                 if reason is not None:
                     finished.append((sequence, reason))
@@ -121,13 +124,22 @@ class Scheduler:
             self.remove(sequence)
             self.waiting.appendleft(sequence)
 
+    def _note_end(self, future: Future[Generation]) -> None:
+        """Called by any thread when a request has its result, or nobody waits for it any more."""
+        if future.cancelled():
+            self._has_cancelled = True
+
     def _drop_cancelled(self) -> None:
+        if not self._has_cancelled:
+            return
+        self._has_cancelled = False  # before looking: who cancels after is seen next time
         for sequence in [seq for seq in (*self.running, *self.waiting) if seq.future.cancelled()]:
             self.remove(sequence)
 
     def _grow(self) -> None:
         """Give every running sequence the pages of its uncomputed ids, oldest first."""
-        for sequence in list(self.running):
+        short = [seq for seq in self.running if self._num_missing_pages(seq) > 0]
+        for sequence in short:
             while sequence in self.running and self._num_missing_pages(sequence) > 0:
                 if self.table.num_available:
                     sequence.pages.append(self.table.allocate())
@@ -192,12 +204,12 @@ class Scheduler:
 
     def _advance(self, sequence: Sequence, num_tokens: int) -> None:
         """Count tokens as computed; pages that they fill can be shared from now on."""
-        table = self.table
-        num_of_prompt = sequence.num_prompt_tokens - sequence.num_computed_tokens
-        self.num_computed_prompt_tokens += max(min(num_tokens, num_of_prompt), 0)
-        first_page = sequence.num_computed_tokens // table.page_size
-        sequence.num_computed_tokens += num_tokens
-        for index in range(first_page, sequence.num_computed_tokens // table.page_size):
+        table, start = self.table, sequence.num_computed_tokens
+        if start < sequence.num_prompt_tokens:
+            num_of_prompt = sequence.num_prompt_tokens - start
+            self.num_computed_prompt_tokens += min(num_tokens, num_of_prompt)
+        sequence.num_computed_tokens = end = start + num_tokens
+        for index in range(start // table.page_size, end // table.page_size):
             page = sequence.pages[index]
             table.name(page, sequence.page_name(index, table.page_size), is_pending=False)
             table.mark_computed(page)

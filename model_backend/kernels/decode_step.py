@@ -5,7 +5,7 @@
                      │   += o <── W_UV <── merge <── attention over pages <────────┘
                      └─ norm ── router ── gate, up ── silu, * ── += down ── norm ── lm_head
 
-All threads run ``step`` at once, each on its share of the columns (of the rows in attention), and
+All threads are in ``run`` at once, each on its share of the columns (of the rows in attention), and
 meet between the stages. A weight is read once a step, whatever the number of rows, and an expert
 only if a row chose it. Weights that bfloat16 holds exactly are kept so and widened in registers:
 half the bytes, and every product and sum in float32 all the same.
@@ -31,13 +31,17 @@ from swarm_sdk.model_backend.kernels.simd import (
     divide,
     exponential,
     highest,
+    highest_of_parity,
+    inlined,
     load,
     load_weights,
     look,
     maximum,
     multiply,
     multiply_add,
+    multiply_add_pairs,
     multiply_add_rows,
+    multiply_rows,
     offer_core,
     offsets,
     prefetch_rows,
@@ -45,6 +49,7 @@ from swarm_sdk.model_backend.kernels.simd import (
     splat,
     store,
     store_rows,
+    store_totals,
     subtract,
     take_ticket,
     total,
@@ -62,10 +67,10 @@ TILE = 16
 """Columns of one product."""
 STORE, ADD = 0, 1
 """Whether a product replaces what is there."""
-LANES = 8
-"""Heads that attention scores at once, and keys."""
-BLOCK = 32
-"""Keys of one turn of the running softmax."""
+GROUP = 4
+"""Heads that attention scores at once, with three keys."""
+BLOCK = 24
+"""Keys of one turn of the running softmax: a multiple of six; they stay in the first cache."""
 IDLE_SPINS = 200_000
 """Looks for the next step before a helping thread goes to sleep: about half a millisecond."""
 
@@ -167,11 +172,12 @@ def _rows(
     first: int,
     column: int,
     mode: int,
+    ahead: int,
 ) -> None:
     """Multiply as many rows as ``sums`` has by one tile of a matrix."""
     at = offsets(sums, x_at, first)
     for k in range(depth):
-        prefetch_weights(w, w_row + depth + k)
+        prefetch_weights(w, ahead + k)
         sums = multiply_add_rows(sums, x, at, k, load_weights(w, w_row + k))
     to = offsets(sums, y_at, first)
     if mode == ADD:
@@ -192,13 +198,14 @@ def _one_row(
     first: int,
     column: int,
     mode: int,
+    ahead: int,
 ) -> None:
     """The same for a single row: four sums in turn, so that none waits for itself."""
     a, b, c, d = zeros(4, 16)
     at = x_at[first]
     for k in range(0, depth, 4):
-        prefetch_weights(w, w_row + depth + k)
-        prefetch_weights(w, w_row + depth + k + 2)
+        prefetch_weights(w, ahead + k)
+        prefetch_weights(w, ahead + k + 2)
         a = multiply_add(splat(a, x[at + k]), load_weights(w, w_row + k), a)
         b = multiply_add(splat(b, x[at + k + 1]), load_weights(w, w_row + k + 1), b)
         c = multiply_add(splat(c, x[at + k + 2]), load_weights(w, w_row + k + 2), c)
@@ -222,28 +229,52 @@ def product(
     num: int,
     column: int,
     mode: int,
+    ahead: int,
 ) -> None:
     """Columns ``column … + 16`` of y = x W, or y += x W, for ``num`` rows that lie anywhere.
 
-    Row r is read from ``x[x_at[r]:]`` and written to ``y[y_at[r]:]``.
+    Row r is read from ``x[x_at[r]:]`` and written to ``y[y_at[r]:]``. Weights from row ``ahead``
+    on, those of the next product, are fetched meanwhile.
     """
     first = 0
     while first < num:
         left = num - first
         take = left if left <= 6 else 6 if left >= 12 else (left + 1) // 2
         if take == 6:
-            _rows(zeros(6, 16), w, w_row, depth, x, x_at, y, y_at, first, column, mode)
+            _rows(zeros(6, 16), w, w_row, depth, x, x_at, y, y_at, first, column, mode, ahead)
         elif take == 5:
-            _rows(zeros(5, 16), w, w_row, depth, x, x_at, y, y_at, first, column, mode)
+            _rows(zeros(5, 16), w, w_row, depth, x, x_at, y, y_at, first, column, mode, ahead)
         elif take == 4:
-            _rows(zeros(4, 16), w, w_row, depth, x, x_at, y, y_at, first, column, mode)
+            _rows(zeros(4, 16), w, w_row, depth, x, x_at, y, y_at, first, column, mode, ahead)
         elif take == 3:
-            _rows(zeros(3, 16), w, w_row, depth, x, x_at, y, y_at, first, column, mode)
+            _rows(zeros(3, 16), w, w_row, depth, x, x_at, y, y_at, first, column, mode, ahead)
         elif take == 2:
-            _rows(zeros(2, 16), w, w_row, depth, x, x_at, y, y_at, first, column, mode)
+            _rows(zeros(2, 16), w, w_row, depth, x, x_at, y, y_at, first, column, mode, ahead)
         else:
-            _one_row(w, w_row, depth, x, x_at, y, y_at, first, column, mode)
+            _one_row(w, w_row, depth, x, x_at, y, y_at, first, column, mode, ahead)
         first += take
+
+
+@compiled
+def _tiles(
+    w: Any,
+    w_row: int,
+    depth: int,
+    start: int,
+    stop: int,
+    x: Floats,
+    x_at: Integers,
+    y: Floats,
+    y_at: Integers,
+    num: int,
+    mode: int,
+    ahead: int,
+) -> None:
+    """Tiles ``start … stop`` of a matrix that begins at row ``w_row``; then come ``ahead``'s."""
+    for tile in range(start, stop):
+        at = w_row + tile * depth
+        following = at + depth if tile + 1 < stop else ahead
+        product(w, at, depth, x, x_at, y, y_at, num, tile * TILE, mode, following)
 
 
 @compiled
@@ -289,16 +320,17 @@ def _rotate(
 def _find(
     shape: Shape, pages: Integers, row: int, start: int, stop: int, base: int, at: Integers
 ) -> None:
-    """Places of a block of keys; the last one again behind ``stop``."""
+    """Places of a block of keys, page by page; the last one again behind ``stop``."""
     page, offset = row * shape.pages + start // shape.page_size, start % shape.page_size
-    width, place = shape.latent + shape.rope, 0
-    for i in range(BLOCK):
-        if start + i < stop:
-            place = base + (pages[page] * shape.page_size + offset) * width
-            offset += 1
-            if offset == shape.page_size:
-                page, offset = page + 1, 0
-        at[i] = place
+    width, num, i = shape.latent + shape.rope, min(BLOCK, stop - start), 0
+    while i < num:
+        place = base + (pages[page] * shape.page_size + offset) * width
+        end = min(i + shape.page_size - offset, num)
+        _lay(at[i:], place, width, end - i)
+        page, offset, i = page + 1, 0, end
+    last = at[num - 1] if num > 0 else base
+    for i in range(num, BLOCK):
+        at[i] = last
 
 
 @compiled
@@ -316,87 +348,87 @@ def _attend(
 ) -> None:
     """Attention of one row over its keys ``first_key … last_key``: the absorbed form.
 
-    Lanes are heads. The softmax runs along: when a block of keys raises the highest score, what
-    was summed before shrinks.
+    All heads read the same keys, so a block of them, fetched once, serves two small matrix
+    products of ``GROUP`` heads: queries with keys (12 scores at a time, lanes are channels), then
+    weights with latents. The softmax runs along: when a block raises the highest score, what was
+    summed before shrinks.
     """
     width, latent, heads = shape.latent + shape.rope, shape.latent, shape.heads
-    kv, out, stats = buffers.kv, buffers.parts, buffers.stats
-    scores, factors = private[: BLOCK * LANES], private[BLOCK * LANES :]
-    query = factors[LANES:]
-    key_at, next_at, row_at = places[:BLOCK], places[BLOCK:], places[2 * BLOCK :]
-    out_at, head_at = places[3 * BLOCK :], places[3 * BLOCK + LANES :]
-    _lay(row_at, 0, LANES, BLOCK)
-    _lay(head_at, 0, 1, LANES)
+    kv, query, out, stats = buffers.kv, buffers.q_key, buffers.parts, buffers.stats
+    scores, tops = private[: 8 + heads * BLOCK], private[8 + heads * BLOCK :]
+    masses, shrinks = tops[4 * heads :], tops[8 * heads :]
+    query_at, out_at = places[2 * BLOCK : 2 * BLOCK + heads], places[2 * BLOCK + heads :]
+    _lay(query_at, row * heads * shape.key_padded, shape.key_padded, heads)
+    _lay(out_at, part * heads * latent, latent, heads)
+    none = splat(zeros(1, 8)[0], np.float32(-1e30))
+    scale = splat(none, np.float32(shape.softmax_scale))
+    two, four, six = zeros(2, 8), zeros(4, 8), zeros(6, 8)
+    weights_at = (0, 1, 2 * BLOCK, 2 * BLOCK + 1)
+    for pair in range(0, heads, 2):
+        store(tops, 4 * pair, none)
+        store(masses, 4 * pair, zeros(1, 8)[0])
+    for c in range(out_at[0], out_at[0] + heads * latent, 8):
+        store(out, c, zeros(1, 8)[0])
     base = layer * shape.slots * width
-    for group in range(0, heads, LANES):
-        num_heads = min(LANES, heads - group)
-        _lay(out_at, (part * heads + group) * latent, latent, LANES)
-        for c in range(width):
-            for h in range(LANES):
-                query[c * LANES + h] = 0.0
-        for h in range(num_heads):
-            source = (row * heads + group + h) * shape.key_padded
-            for c in range(width):
-                query[c * LANES + h] = buffers.q_key[source + c] * shape.softmax_scale
-        for h in range(num_heads):
-            for c in range(out_at[h], out_at[h] + latent):
-                out[c] = 0.0
-        mass = zeros(1, 8)[0]
-        top = splat(mass, np.float32(-1e30))
-        for start in range(first_key, last_key, BLOCK):
-            num = min(BLOCK, last_key - start)
-            if start == first_key:
-                _find(shape, buffers.pages, row, start, last_key, base, key_at)
-            else:
-                for i in range(BLOCK):
-                    key_at[i] = next_at[i]
-            # What is read next: the following block, or that of the next row.
-            if start + BLOCK < last_key:
-                _find(shape, buffers.pages, row, start + BLOCK, last_key, base, next_at)
-            else:
-                last_of_next = buffers.positions[next_row]
-                _find(shape, buffers.pages, next_row, 0, last_of_next, base, next_at)
-            for i in range(0, num, LANES):
-                sums = zeros(8, 8)
-                at = offsets(sums, key_at, i)
-                ahead = offsets(sums, next_at, i)
-                for block in range(0, width, 8):
-                    if block % 16 == 0:
-                        prefetch_rows(sums, kv, ahead, block)
-                    for c in range(block, block + 8):
-                        sums = multiply_add_rows(sums, kv, at, c, load(query, c * LANES, 8))
-                store_rows(scores, offsets(sums, row_at, i), 0, sums)
-            higher = top
-            for i in range(num):
-                higher = maximum(higher, load(scores, i * LANES, 8))
-            shrink = exponential(subtract(top, higher))
-            top = higher
-            mass = multiply(mass, shrink)
-            for i in range(num):
-                weight = exponential(subtract(load(scores, i * LANES, 8), top))
+    for start in range(first_key, last_key, BLOCK):
+        num = min(BLOCK, last_key - start)
+        turn = (start - first_key) // BLOCK % 2
+        key_at, next_at = places[turn * BLOCK :], places[(1 - turn) * BLOCK :]
+        if start == first_key:
+            _find(shape, buffers.pages, row, start, last_key, base, key_at)
+        # What is read next: the following block, or that of the next row.
+        if start + BLOCK < last_key:
+            _find(shape, buffers.pages, row, start + BLOCK, last_key, base, next_at)
+        else:
+            last_of_next = buffers.positions[next_row]
+            _find(shape, buffers.pages, next_row, 0, last_of_next, base, next_at)
+        for pair in range(0, heads, 2):
+            pair_at = offsets(two, query_at, pair)
+            own = pair * BLOCK
+            for i in range(0, num, 6):
+                at, ahead = offsets(six, key_at, i), offsets(six, next_at, i)
+                sums = zeros(12, 8)
+                for c in range(0, width, 16):
+                    if pair == 0:
+                        prefetch_rows(six, kv, ahead, c)
+                    sums = multiply_add_pairs(sums, query, pair_at, kv, at, c)
+                    if c + 8 < width:
+                        sums = multiply_add_pairs(sums, query, pair_at, kv, at, c + 8)
+                store_totals(scores, own + 2 * i, sums)
+            if num < BLOCK:
+                store(scores, own + 2 * num, none)
+        # Four keys of two heads in a vector.
+        for pair in range(0, heads, 2):
+            own, end = pair * BLOCK, pair * BLOCK + 2 * num
+            before = load(tops, 4 * pair, 8)
+            top = before
+            for i in range(own, end, 8):
+                top = maximum(top, load(scores, i, 8))
+            top = highest_of_parity(top)
+            shrink = exponential(multiply(subtract(before, top), scale))
+            mass = multiply(load(masses, 4 * pair, 8), shrink)
+            for i in range(own, end, 8):
+                weight = exponential(multiply(subtract(load(scores, i, 8), top), scale))
                 mass = add(mass, weight)
-                store(scores, i * LANES, weight)
-            if start > first_key:
-                store(factors, 0, shrink)
-                for h in range(num_heads):
-                    if factors[h] != 1.0:
-                        factor = splat(zeros(1, 16)[0], factors[h])
-                        for c in range(out_at[h], out_at[h] + latent, 16):
-                            store(out, c, multiply(load(out, c, 16), factor))
-            for h in range(0, num_heads, 4):
-                for c in range(0, latent, 16):
-                    sums = zeros(4, 16)
-                    at = offsets(sums, head_at, h)
-                    for i in range(num):
-                        value = load(kv, key_at[i] + c, 16)
-                        sums = multiply_add_rows(sums, scores, at, i * LANES, value)
-                    add_rows(out, offsets(sums, out_at, h), c, sums)
-        store(factors, 0, top)
-        for h in range(num_heads):
-            stats[part * 2 * heads + group + h] = factors[h]
-        store(factors, 0, mass)
-        for h in range(num_heads):
-            stats[(part * 2 + 1) * heads + group + h] = factors[h]
+                store(scores, i, weight)
+            store(tops, 4 * pair, top)
+            store(masses, 4 * pair, mass)
+            store(shrinks, pair, shrink)
+        for group in range(0, heads, GROUP):
+            group_at = offsets(four, out_at, group)
+            for c in range(0, latent, 16):
+                sums = multiply_rows(zeros(4, 16), out, group_at, c, shrinks, group)
+                for i in range(num):
+                    value = load(kv, key_at[i] + c, 16)
+                    at_weight = group * BLOCK + 2 * i
+                    sums = multiply_add_rows(sums, scores, weights_at, at_weight, value)
+                store_rows(out, group_at, c, sums)
+    for head in range(heads):
+        lane = 8 * (head // 2) + head % 2
+        stats[part * 2 * heads + head] = tops[lane] * shape.softmax_scale
+        stats[(part * 2 + 1) * heads + head] = (
+            masses[lane] + masses[lane + 2] + masses[lane + 4] + masses[lane + 6]
+        )
 
 
 @compiled
@@ -511,8 +543,8 @@ def _pick(shape: Shape, buffers: Buffers, row: int) -> None:
     buffers.logprobs[row] = -math.log(mass)
 
 
-@compiled
-def step(
+@inlined
+def _step(
     shape: Shape, w: Any, vectors: Floats, table: Any, b: Buffers, thread: int, num_threads: int
 ) -> None:
     """Compute one token of each row: this thread's share."""
@@ -547,19 +579,11 @@ def step(
         _lay(x_at, 0, hidden, num)
         _lay(y_at, 0, shape.a_padded, num)
         start, stop = _share(shape.a_padded // TILE, thread, num_threads)
-        for tile in range(start, stop):
-            product(
-                w,
-                at[QKV_A] + tile * hidden,
-                hidden,
-                normed,
-                x_at,
-                b.a,
-                y_at,
-                num,
-                tile * TILE,
-                STORE,
-            )
+        first_head, last_head = _share(heads, thread, num_threads)
+        q_rows, key_rows = shape.q_padded // TILE * q_rank, latent // TILE * shape.nope
+        value_rows = shape.value_padded // TILE * latent
+        ahead = at[Q_B] + first_head * q_rows
+        _tiles(w, at[QKV_A], hidden, start, stop, normed, x_at, b.a, y_at, num, STORE, ahead)
         wait_for_all(b.control, BARRIER, num_threads)
 
         # -> the key, stored in its page; queries over latents, by heads
@@ -584,16 +608,14 @@ def step(
             b.a, 0, shape.a_padded, num, q_rank, vectors, at[Q_NORM], shape.eps, normed, 0, q_rank
         )
         _lay(x_at, 0, q_rank, num)
-        start, stop = _share(heads, thread, num_threads)
-        for head in range(start, stop):
+        for head in range(first_head, last_head):
             _lay(y_at, head * shape.q_padded, heads * shape.q_padded, num)
             _lay(z_at, head * shape.key_padded, heads * shape.key_padded, num)
-            for tile in range(shape.q_padded // TILE):
-                w_row = at[Q_B] + (head * shape.q_padded // TILE + tile) * q_rank
-                product(w, w_row, q_rank, normed, x_at, b.q, y_at, num, tile * TILE, STORE)
-            for tile in range(latent // TILE):
-                w_row = at[W_UK] + (head * latent // TILE + tile) * shape.nope
-                product(w, w_row, shape.nope, b.q, y_at, b.q_key, z_at, num, tile * TILE, STORE)
+            w_row, ahead = at[Q_B] + head * q_rows, at[W_UK] + head * key_rows
+            tiles = shape.q_padded // TILE
+            _tiles(w, w_row, q_rank, 0, tiles, normed, x_at, b.q, y_at, num, STORE, ahead)
+            w_row, ahead, tiles = ahead, w_row + q_rows, latent // TILE
+            _tiles(w, w_row, shape.nope, 0, tiles, b.q, y_at, b.q_key, z_at, num, STORE, ahead)
             for row in range(num):
                 _rotate(
                     b.q,
@@ -617,36 +639,34 @@ def step(
         wait_for_all(b.control, BARRIER, num_threads)
 
         # -> values, by heads
-        start, stop = _share(heads, thread, num_threads)
-        for head in range(start, stop):
+        depth = heads * shape.value_padded
+        start, stop = _share(hidden // TILE, thread, num_threads)
+        for head in range(first_head, last_head):
             for row in range(num):
                 _merge(shape, b, row, head, num_parts)
             _lay(x_at, head * latent, num_parts * heads * latent, num)
             _lay(y_at, head * shape.value_padded, heads * shape.value_padded, num)
-            for tile in range(shape.value_padded // TILE):
-                w_row = at[W_UV] + (head * shape.value_padded // TILE + tile) * latent
-                product(w, w_row, latent, b.parts, x_at, b.value, y_at, num, tile * TILE, STORE)
+            w_row, tiles = at[W_UV] + head * value_rows, shape.value_padded // TILE
+            is_last = head + 1 == last_head
+            ahead = at[OUT] + start * depth if is_last else w_row + value_rows
+            _tiles(w, w_row, latent, 0, tiles, b.parts, x_at, b.value, y_at, num, STORE, ahead)
         wait_for_all(b.control, BARRIER, num_threads)
 
         # -> x += attention
-        depth = heads * shape.value_padded
+        experts = at[NUM_EXPERTS]
         _lay(x_at, 0, depth, num)
         _lay(y_at, 0, hidden, num)
-        start, stop = _share(hidden // TILE, thread, num_threads)
-        for tile in range(start, stop):
-            w_row = at[OUT] + tile * depth
-            product(w, w_row, depth, b.value, x_at, b.x, y_at, num, tile * TILE, ADD)
+        ahead = at[ROUTER] if experts else at[SHARED_GATE_UP]
+        _tiles(w, at[OUT], depth, start, stop, b.value, x_at, b.x, y_at, num, ADD, ahead)
         wait_for_all(b.control, BARRIER, num_threads)
 
         # -> gates and ups of every expert that was chosen; each thread routes for itself
         _norm(b.x, 0, hidden, num, hidden, vectors, at[POST_NORM], shape.eps, normed, 0, hidden)
         _lay(x_at, 0, hidden, num)
-        experts = at[NUM_EXPERTS]
         if experts:
             _lay(y_at, 0, router_width, num)
-            for tile in range(router_width // TILE):
-                w_row = at[ROUTER] + tile * hidden
-                product(w, w_row, hidden, normed, x_at, router, y_at, num, tile * TILE, STORE)
+            tiles, ahead = router_width // TILE, at[GATE_UP]
+            _tiles(w, at[ROUTER], hidden, 0, tiles, normed, x_at, router, y_at, num, STORE, ahead)
             _route(shape, num, router, vectors, at[BIAS], weights, row_of, ends, chosen)
             for place in range(num_places):
                 x_at[place] = row_of[place] * hidden
@@ -662,27 +682,23 @@ def step(
         for expert in range(experts + 1):
             inner = shape.inner if expert < experts else shared_inner
             base = ends[experts - 1] * shape.inner if expert == experts and experts else 0
+            start, stop = _share(inner // TILE, thread, num_threads)
+            size = 2 * inner // TILE * hidden
             w_start = at[SHARED_GATE_UP]
+            w_next = at[DOWN] if experts else at[SHARED_DOWN]
             if expert < experts:
-                w_start = at[GATE_UP] + expert * (2 * inner // TILE) * hidden
+                w_start = at[GATE_UP] + expert * size
+                is_last = expert + 1 == experts
+                w_next = (at[SHARED_GATE_UP] if is_last else w_start + size) + 2 * start * hidden
             count = ends[expert] - first
             if count:
-                start, stop = _share(inner // TILE, thread, num_threads)
                 for tile in range(start, stop):
-                    for half in range(2):
-                        w_row = w_start + (2 * tile + half) * hidden
-                        product(
-                            w,
-                            w_row,
-                            hidden,
-                            normed,
-                            x_at[first:],
-                            gate_up,
-                            y_at[first:],
-                            count,
-                            half * TILE,
-                            STORE,
-                        )
+                    w_row = w_start + 2 * tile * hidden
+                    ahead = w_row + 2 * hidden if tile + 1 < stop else w_next
+                    here, there = x_at[first:], y_at[first:]
+                    _tiles(
+                        w, w_row, hidden, 0, 2, normed, here, gate_up, there, count, STORE, ahead
+                    )
                     for place in range(first, ends[expert]):
                         gate = load(gate_up, y_at[place], 16)
                         up = load(gate_up, y_at[place] + TILE, 16)
@@ -707,24 +723,15 @@ def step(
         for expert in range(experts + 1):
             depth = shape.inner if expert < experts else shared_inner
             w_start = at[SHARED_DOWN]
+            ahead = table[layer + 1][QKV_A] if layer + 1 < shape.layers else shape.head
             if expert < experts:
                 w_start = at[DOWN] + expert * (hidden // TILE) * depth
+                is_last = expert + 1 == experts
+                ahead = at[SHARED_DOWN] if is_last else w_start + hidden // TILE * depth
+                ahead += start * depth
+            here, there = x_at[first:], y_at[first:]
             count = ends[expert] - first
-            if count:
-                for tile in range(start, stop):
-                    w_row = w_start + tile * depth
-                    product(
-                        w,
-                        w_row,
-                        depth,
-                        b.inner,
-                        x_at[first:],
-                        b.x,
-                        y_at[first:],
-                        count,
-                        tile * TILE,
-                        ADD,
-                    )
+            _tiles(w, w_start, depth, start, stop, b.inner, here, b.x, there, count, ADD, ahead)
             first = ends[expert]
         wait_for_all(b.control, BARRIER, num_threads)
 
@@ -733,9 +740,8 @@ def step(
     _lay(x_at, 0, hidden, num)
     _lay(y_at, 0, padded, num)
     start, stop = _share(padded // TILE, thread, num_threads)
-    for tile in range(start, stop):
-        w_row = shape.head + tile * hidden
-        product(w, w_row, hidden, normed, x_at, b.logits, y_at, num, tile * TILE, STORE)
+    ahead = table[0][QKV_A]
+    _tiles(w, shape.head, hidden, start, stop, normed, x_at, b.logits, y_at, num, STORE, ahead)
     wait_for_all(b.control, BARRIER, num_threads)
     start, stop = _share(num, thread, num_threads)
     for row in range(start, stop):
@@ -744,15 +750,15 @@ def step(
 
 
 @compiled
-def post(shape: Shape, b: Buffers) -> None:
-    """Announce a step to the threads that follow; what was written before is seen by them."""
+def post(shape: Shape, b: Buffers) -> int:
+    """Announce a step to all threads, which see what was written before; returns its number."""
     for layer in range(shape.layers):
         b.control[ATTENTION + layer] = 0
-    take_ticket(b.control, POSTED)
+    return int(take_ticket(b.control, POSTED)) + 1
 
 
 @compiled
-def follow(
+def run(
     shape: Shape,
     w: Any,
     vectors: Floats,
@@ -761,12 +767,16 @@ def follow(
     thread: int,
     num_threads: int,
     seen: int,
+    patience: int,
 ) -> int:
-    """Take part in every step after number ``seen``; returns the last one once none comes."""
+    """Take part in every step after number ``seen``.
+
+    Returns the last one when ``patience`` looks have found no other.
+    """
     spins = 0
-    while spins < IDLE_SPINS:
+    while spins <= patience:
         if look(b.control, POSTED) > seen:
-            step(shape, w, vectors, table, b, thread, num_threads)
+            _step(shape, w, vectors, table, b, thread, num_threads)
             seen += 1
             spins = 0
         else:

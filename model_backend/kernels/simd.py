@@ -41,6 +41,12 @@ def compiled(function: Function) -> Function:
     return cast("Function", njit(nogil=True, cache=True, error_model="numpy")(function))
 
 
+def inlined(function: Function) -> Function:
+    """Make a function a part of each that calls it: for large ones that one other calls."""
+    decorate = njit(nogil=True, error_model="numpy", inline="always")
+    return cast("Function", decorate(function))
+
+
 def intrinsic(function: Any = None, **options: Any) -> Any:
     """Numba's decorator: typed as what it makes, not as what it is given."""
     return numba_intrinsic(function, **options) if function else numba_intrinsic(**options)
@@ -134,6 +140,88 @@ def multiply_add_rows(typing: Any, sums: Any, x: Any, at: Any, k: Any, w: Any) -
         return context.make_tuple(builder, signature.return_type, values)
 
     return sums(sums, x, at, types.int64, w), generate
+
+
+@intrinsic
+def multiply_add_pairs(typing: Any, sums: Any, x: Any, x_at: Any, y: Any, y_at: Any, k: Any) -> Any:
+    """Return ``sums[i, j] + x[x_at[j] + k :] * y[y_at[i] + k :]`` for all i and j, j innermost."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        sums_, x_, x_at_, y_, y_at_, k_ = args
+        kind = _llvm(sums.dtype.lanes)
+        xs, ys = (
+            [
+                builder.load(
+                    _pointer(context, builder, array, value, builder.add(place, k_), kind), align=4
+                )
+                for place in cgutils.unpack_tuple(builder, at)
+            ]
+            for array, value, at in ((x, x_, x_at_), (y, y_, y_at_))
+        )
+        pairs = [(a, b) for b in ys for a in xs]
+        values = [
+            _multiply_add(builder, a, b, total)
+            for (a, b), total in zip(pairs, cgutils.unpack_tuple(builder, sums_), strict=True)
+        ]
+        return context.make_tuple(builder, signature.return_type, values)
+
+    return sums(sums, x, x_at, y, y_at, types.int64), generate
+
+
+@intrinsic
+def store_totals(typing: Any, y: Any, index: Any, sums: Any) -> Any:
+    """Write the total of each vector: ``y[index + r] = sum of the lanes of sums[r]``.
+
+    Four at a time: halves are added across pairs of vectors until one vector holds four totals.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        y_, index_, sums_ = args
+        values, lanes = cgutils.unpack_tuple(builder, sums_), sums.dtype.lanes
+
+        def fold(a: Any, b: Any, places: list[int], others: list[int]) -> Any:
+            return builder.fadd(
+                *(
+                    builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_INT32, len(p)), p))
+                    for p in (places, others)
+                )
+            )
+
+        starts = [i + b for i in range(0, lanes, 4) for b in (0, lanes)]
+        even = [place for start in starts for place in (start, start + 2)]
+        odd = [place + 1 for place in even]
+        for start in range(0, sums.count, 4):
+            a, b, c, d = values[start : start + 4]
+            four = fold(fold(a, b, even, odd), fold(c, d, even, odd), even, odd)
+            while four.type.count > 4:
+                half = four.type.count // 2
+                four = fold(four, four, list(range(half)), list(range(half, 2 * half)))
+            place = builder.add(index_, ir.Constant(_INT64, start))
+            builder.store(four, _pointer(context, builder, y, y_, place, _llvm(4)), align=4)
+        return context.get_dummy_value()
+
+    return types.void(y, types.int64, sums), generate
+
+
+@intrinsic
+def multiply_rows(
+    typing: Any, like: Any, x: Any, at: Any, column: Any, factors: Any, place: Any
+) -> Any:
+    """Return ``x[at[r] + column :] * factors[place + r]`` for as many r as ``like`` has vectors."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        _, x_, at_, column_, factors_, place_ = args
+        lanes = like.dtype.lanes
+        pointer = _pointer(context, builder, factors, factors_, place_, _FLOAT)
+        values = []
+        for row, start in enumerate(cgutils.unpack_tuple(builder, at_)):
+            index = builder.add(start, column_)
+            value = builder.load(_pointer(context, builder, x, x_, index, _llvm(lanes)), align=4)
+            factor = builder.load(builder.gep(pointer, [ir.Constant(_INT64, row)]))
+            values.append(builder.fmul(value, _splat(builder, factor, lanes)))
+        return context.make_tuple(builder, signature.return_type, values)
+
+    return like(like, x, at, types.int64, factors, types.int64), generate
 
 
 def _storing(*, is_added: bool) -> Any:
@@ -305,6 +393,24 @@ total: Any = _reduction(lambda builder, a, b: builder.fadd(a, b))
 highest: Any = _reduction(
     lambda builder, a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b)
 )
+
+
+@intrinsic
+def highest_of_parity(typing: Any, a: Any) -> Any:
+    """Return in each lane the highest of all lanes of ``a`` that are even, or odd, as it is."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        (value,), distance = args, 2
+        while distance < a.lanes:
+            places = [lane ^ distance for lane in range(a.lanes)]
+            other = builder.shuffle_vector(
+                value, value, ir.Constant(ir.VectorType(_INT32, a.lanes), places)
+            )
+            value = builder.select(builder.fcmp_ordered(">", value, other), value, other)
+            distance *= 2
+        return value
+
+    return a(a), generate
 
 
 @intrinsic

@@ -18,10 +18,10 @@ def distribution(logits, temperature, top_p):
     scaled = logits.double().numpy() / temperature
     p = np.exp(scaled - scaled.max())
     p /= p.sum()
+    if top_p == 1:
+        return p, np.arange(len(p))
     order = np.argsort(-p, kind="stable")
     num_kept = int((np.cumsum(p[order]) < top_p).sum()) + 1
-    if top_p == 1.0:
-        return p, np.arange(len(p))
     kept = np.zeros_like(p)
     kept[order[:num_kept]] = p[order[:num_kept]]
     return kept / kept.sum(), order
@@ -74,5 +74,5 @@ def test_temperature_zero_takes_the_most_likely_id_under_the_plain_softmax():
     logits = random_logits(3)
     ((token_id, logprob),) = sample(logits, [0.0], [0.5], [0.9])
     p, _ = distribution(logits[0], 1.0, 1.0)
-    assert p[token_id] == p.max()
+    assert token_id == int(p.argmax())
     assert logprob == pytest.approx(math.log(p[token_id]), abs=1e-5)

@@ -111,9 +111,8 @@ def test_a_tile_of_a_product_is_that_of_matrices(num_rows):
     for mode, before in ((STORE, 0), (ADD, start.astype(np.float64))):
         y = start.copy()
         places = (order * depth, order * 16)
-        product(
-            w.ravel(), 0, depth, x.ravel(), places[0], y.reshape(-1), places[1], num_rows, 0, mode
-        )
+        flat = (w.ravel(), 0, depth, x.ravel(), places[0], y.reshape(-1), places[1])
+        product(*flat, num_rows, 0, mode, 0)
         np.testing.assert_allclose(y, before + x.astype(np.float64) @ w, rtol=1e-5, atol=1e-5)
 
 
