@@ -40,7 +40,8 @@ from swarm_sdk.errors import ConfigError, LedgerError, NotTrainable
 from swarm_sdk.model_backend.chat.dialogue import TokenModel
 from swarm_sdk.model_backend.embedded import open_embedded
 from swarm_sdk.model_backend.engine.engine import EmbeddedEngine
-from swarm_sdk.model_backend.weights.checkpoint import load, save
+from swarm_sdk.model_backend.weights.checkpoint import load
+from swarm_sdk.model_backend.weights.servable import save_checkpoint
 from swarm_sdk.runtime.budget import Budget
 from swarm_sdk.runtime.environment import EnvTask
 from swarm_sdk.runtime.rollouts import RolloutManager
@@ -126,8 +127,8 @@ class Parl:
         self._checkpoint()
         engine = self.policy.engine
         assert isinstance(engine, EmbeddedEngine)  # it holds the learner's weights, whole
-        save(engine.model, self.journal.run / "model", dtype=torch.bfloat16)
-        self.policy.chat_format.tokenizer.save(self.journal.run / "model")
+        tokenizer = self.policy.chat_format.tokenizer
+        save_checkpoint(engine.model, tokenizer, self.journal.run / "model", torch.bfloat16)
 
     async def step(self) -> dict[str, Any]:
         """One iteration; returns its figures."""
@@ -545,8 +546,8 @@ def replay(config: ParlConfig, source: Path, run: Path) -> list[dict[str, Any]]:
             sys.stderr.write(f"left out: {sentence}\n")
         say(iteration + 1, len(batches), figures)
         told.append(figures)
-    save(learner.model, run / "model", dtype=torch.bfloat16)
-    policy.chat_format.tokenizer.save(run / "model")
+    tokenizer = policy.chat_format.tokenizer
+    save_checkpoint(learner.model, tokenizer, run / "model", torch.bfloat16)
     ledger.close()
     journal.close()
     return told
