@@ -40,6 +40,8 @@ from swarm_sdk.model_backend.weights.layout import (
     shards,
     stored_tensors,
 )
+from swarm_sdk.model_backend.weights.quantization import is_int4 as has_int4_experts
+from swarm_sdk.model_backend.weights.quantization import with_quantization
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -77,7 +79,7 @@ def save(
         "max_length": config.text_config.max_position_embeddings,
     }
     described = config.to_hf(str(dtype).removeprefix("torch."))
-    write_json(folder / "config.json", int4.with_quantization(described, int4=is_int4))
+    write_json(folder / "config.json", with_quantization(described, int4=is_int4))
     write_json(folder / "generation_config.json", generation)
     for stale in (*folder.glob("model-*-of-*.safetensors"), folder / INDEX_FILE):
         stale.unlink(missing_ok=True)
@@ -105,7 +107,7 @@ def load(
     if not folder.is_dir():
         raise ConfigError(f"no model at {folder}: there is no such folder")
     config = KimiConfig.from_hf(folder)
-    is_int4 = int4.is_int4(read_json(folder))
+    is_int4 = has_int4_experts(read_json(folder))
     with torch.device("meta"):
         model = KimiModel(config)
     state = {

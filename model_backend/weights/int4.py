@@ -14,18 +14,16 @@ was dequantised is found again without loss, though the rule of the scale that m
 (weights trained for INT4 have scales of their own). Ours; the report is silent about it.
 """
 
-# Shapes: O = rows, I = columns, G = I/32 groups of a row, N = groups of all rows, K = 32.
+# Shapes: O = rows, I = columns, G = I/32 groups of a row, N = groups of all rows, K = 32,
+# C = scales that are tried, P = pairs of a group and a scale that survive the first look.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from swarm_sdk.errors import ConfigError
 from swarm_sdk.model_backend.weights.layout import CODES_PER_WORD, GROUP
 
 PEEK = 4
@@ -74,14 +72,12 @@ def quantize(w_OI: Tensor) -> Int4Weight:
     scale_N = (amax_N / 7.5).to(torch.bfloat16).float()
     # Zeros lie on every grid; this scale is the library's, for what underflows as well.
     scale_N[scale_N == 0] = torch.finfo(torch.bfloat16).eps
-    is_found_N = amax_N == 0
-    for code, steps in GRIDS:
-        for step in steps:
-            candidate_N = _step((amax_N / code).to(torch.bfloat16), step).float()
-            index_M = (_on_grid(w_NK[:, :PEEK], candidate_N) & ~is_found_N).nonzero().flatten()
-            index_M = index_M[_on_grid(w_NK[index_M], candidate_N[index_M])]
-            scale_N[index_M] = candidate_N[index_M]
-            is_found_N[index_M] = True
+    scale_NC = _candidates(amax_N)
+    is_grid_NC = _on_grid(w_NK[:, None, :PEEK], scale_NC) & (amax_N > 0)[:, None]
+    group_P, candidate_P = is_grid_NC.nonzero().unbind(1)
+    is_grid_NC[group_P, candidate_P] = _on_grid(w_NK[group_P], scale_NC[group_P, candidate_P])
+    is_found_N, first_N = is_grid_NC.to(torch.uint8).max(dim=1)
+    scale_N = torch.where(is_found_N > 0, scale_NC.gather(1, first_N[:, None])[:, 0], scale_N)
     codes_OI = _codes(w_NK, scale_N).to(torch.int8).view(w_OI.shape)
     scale_OG = scale_N.to(torch.bfloat16).view(w_OI.shape[0], -1)
     return Int4Weight(pack(codes_OI), scale_OG)
@@ -95,106 +91,21 @@ def dequantize(weight: Int4Weight) -> Tensor:
     return w_OI
 
 
-def quantization_config() -> dict[str, Any]:
-    """Return ``quantization_config`` of ``config.json``: INT4 for the routed experts alone.
-
-    Of the released checkpoint's, with the vision tower and the projector excluded by name; there
-    they are in bf16 without being named.
-    """
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "kv_cache_scheme": None,
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "weights": {
-                    "num_bits": 4,
-                    "type": "int",
-                    "symmetric": True,
-                    "strategy": "group",
-                    "group_size": GROUP,
-                    "observer": "minmax",
-                    "dynamic": False,
-                    "actorder": None,
-                },
-                "input_activations": None,
-                "output_activations": None,
-            }
-        },
-        "ignore": [
-            "lm_head",
-            "re:.*lm_head",
-            "re:.*self_attn.*",
-            "re:.*shared_experts.*",
-            r"re:.*mlp\.(gate|up|gate_up|down)_proj.*",
-            r"re:.*mlp\.gate$",
-            "re:.*vision_tower.*",
-            "re:.*mm_projector.*",
-        ],
-    }
-
-
-def is_int4(config_json: Mapping[str, Any]) -> bool:
-    """Tell whether a ``config.json`` describes INT4 experts; ``False`` where nothing is quantised.
-
-    Raises:
-        ConfigError: it describes another quantisation than the released checkpoint's.
-    """
-    found = _found_config(config_json)
-    if found is None:
-        return False
-    groups = found.get("config_groups")
-    weights = [group.get("weights") or {} for group in groups.values()] if groups else []
-    wanted = {"num_bits": 4, "type": "int", "group_size": GROUP, "symmetric": True}
-    if found.get("format") != "pack-quantized" or not all(
-        {key: one.get(key) for key in wanted} == wanted for one in weights or [{}]
-    ):
-        raise ConfigError(
-            "config.json describes a quantisation that is not read here "
-            f"({found.get('quant_method')}, {found.get('format')}); only pack-quantized INT4 in "
-            f"groups of {GROUP}, as Kimi K2.5 has it, or no quantisation"
-        )
-    return True
-
-
-def with_quantization(config_json: Mapping[str, Any], *, int4: bool) -> dict[str, Any]:
-    """Return ``config.json`` with or without INT4 experts; all else stays.
-
-    The entry stands under ``text_config``, where the released checkpoint and ``transformers`` have
-    it, and at the top, where SGLang looks for the method.
-    """
-    text = dict(config_json["text_config"])
-    content = dict(config_json)
-    for section in (content, text):
-        section.pop("quantization_config", None)
-        section.pop("compression_config", None)
-        if int4:
-            section["quantization_config"] = quantization_config()
-    content["text_config"] = text
-    return content
-
-
-def _found_config(config_json: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    for section in (config_json, config_json.get("text_config")):
-        if isinstance(section, Mapping):
-            found = section.get("quantization_config") or section.get("compression_config")
-            if isinstance(found, Mapping):
-                return found
-    return None
-
-
 def _codes(w_NK: Tensor, scale_N: Tensor) -> Tensor:
-    return (w_NK / scale_N[:, None]).round().clamp(-8, 7)
+    return (w_NK / scale_N[..., None]).round().clamp(-8, 7)
 
 
 def _on_grid(w_NK: Tensor, scale_N: Tensor) -> Tensor:
     """Whether each group is bf16(code * scale) throughout, for codes -8 … 7."""
-    again_NK = (_codes(w_NK, scale_N) * scale_N[:, None]).to(torch.bfloat16).float()
-    return (again_NK == w_NK).all(dim=1) & (scale_N > 0)
+    again_NK = (_codes(w_NK, scale_N) * scale_N[..., None]).to(torch.bfloat16).float()
+    return (again_NK == w_NK).all(dim=-1) & (scale_N > 0)
 
 
-def _step(scale_N: Tensor, step: int) -> Tensor:
-    """Return the bf16 number ``step`` places above each (positive) scale."""
-    return (scale_N.view(torch.int16) + step).clamp(min=0).view(torch.bfloat16)
+def _candidates(amax_N: Tensor) -> Tensor:
+    """Return the scales [N, C] of grids whose largest number could be ``amax_N``."""
+    bits = [
+        (amax_N / code).to(torch.bfloat16).view(torch.int16) + step
+        for code, steps in GRIDS
+        for step in steps
+    ]
+    return torch.stack(bits, dim=1).clamp(min=0).view(torch.bfloat16).float()
