@@ -41,11 +41,9 @@ CPU_FLAGS = (
 K25_CACHE = (512, 64)
 """Widths of the latent cache for which SGLang's own choice of attention kernels is made."""
 PROBE = (
-    "import importlib.metadata as m, json\n"
-    "def version(name):\n"
-    "    try: return m.version(name)\n"
-    "    except m.PackageNotFoundError: return None\n"
-    "print(json.dumps([version('sglang'), version('sglang-router')]))"
+    "import importlib.util, json\n"
+    "print(json.dumps([bool(importlib.util.find_spec(name)) for name in "
+    "('sglang', 'sglang_router')]))"
 )
 
 
@@ -191,17 +189,17 @@ def _check_installed(ask: Ask) -> None:
         done = subprocess.run(  # noqa: S603  the user's Python
             [ask.python, "-c", PROBE], capture_output=True, text=True, check=True, timeout=120
         )
-        sglang, router = json.loads(done.stdout)
+        has_sglang, has_router = json.loads(done.stdout)
     except OSError as error:
         raise ConfigError(f"--python {ask.python} cannot run: {error.strerror}") from None
     except (subprocess.SubprocessError, ValueError) as error:
         raise ConfigError(f"--python {ask.python} is no working Python: {error}") from None
-    if sglang is None:
+    if not has_sglang:
         raise ConfigError(
             f"SGLang is not installed for {ask.python}; pip install sglang, or give the Python "
             "that has it with --python"
         )
-    if ask.servers > 1 and router is None:
+    if ask.servers > 1 and not has_router:
         raise ConfigError(
             f"{ask.servers} servers need SGLang's router, which is not installed for {ask.python}; "
             "pip install sglang-router"

@@ -16,13 +16,13 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-PROBE = "importlib.metadata"
+PROBE = "find_spec"
 
 
 def main() -> None:
     if sys.argv[1] == "-c":  # what is installed
         assert PROBE in sys.argv[2]
-        print(os.environ.get("INSTALLED", '["0.5.23", "0.3.2"]'))
+        print(os.environ.get("INSTALLED", "[true, true]"))
         return
     port = sys.argv[sys.argv.index("--port") + 1]
     marks = Path(os.environ["MARKS"])

@@ -148,11 +148,11 @@ def test_a_missing_install_is_told_with_the_way_to_get_it(
     python: str, gpus: Callable[..., None], port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpus(2)
-    monkeypatch.setenv("INSTALLED", '["0.5.23", null]')
+    monkeypatch.setenv("INSTALLED", "[true, false]")
     plan(Ask(folder=nano_directory(), port=port, python=python))
     with pytest.raises(ConfigError, match="pip install sglang-router"):
         plan(Ask(folder=nano_directory(), port=port, python=python, servers=2))
-    monkeypatch.setenv("INSTALLED", "[null, null]")
+    monkeypatch.setenv("INSTALLED", "[false, false]")
     with pytest.raises(ConfigError, match="SGLang is not installed for"):
         plan(Ask(folder=nano_directory(), port=port, python=python))
 
