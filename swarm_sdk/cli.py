@@ -1,4 +1,4 @@
-"""The command line: ``swarm run | resume | demo | trace | doctor``.
+"""The command line: ``swarm run | resume | demo | trace | train | checkpoint | serve | doctor``.
 
 With ``--json`` a command prints one object on stdout and everything else on stderr. Exit codes:
 0 done, 1 the episode did not end well, 2 the user's mistake, said in one sentence.
@@ -20,7 +20,9 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.table import Table
 
+from swarm_sdk.checkpoints import app as checkpoint_app
 from swarm_sdk.errors import ConfigError, SwarmError
+from swarm_sdk.serve import serve
 from swarm_sdk.terminal import said_in_one_sentence
 from swarm_sdk.training import app as training_app
 
@@ -37,6 +39,8 @@ app: typer.Typer = typer.Typer(
 trace_app: typer.Typer = typer.Typer(help="Read recorded episodes.", no_args_is_help=True)
 app.add_typer(trace_app, name="trace")
 app.add_typer(training_app, name="train")
+app.add_typer(checkpoint_app, name="checkpoint")
+app.command(context_settings={"allow_extra_args": True})(serve)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Runs = Annotated[Path, typer.Option(help="The run directory, where the ledger lies.")]

@@ -10,6 +10,7 @@ SwarmError
 ├── LedgerError            the record cannot be read or written
 │   ├── EpisodeBusy        another process runs the episode   .episode_id
 │   └── NotTrainable       an episode that cannot train       .reason
+├── ServeFailed            a server does not come up, or dies again and again
 └── SubagentError          a sub-agent ended without a report (fail_fast)   .agent_path
 """
 
@@ -90,6 +91,10 @@ class NotTrainable(LedgerError):
         super().__init__(message)
         self.reason = reason
         """In one word, to be counted: ``no_token_ids``, ``no_logprobs`` …"""
+
+
+class ServeFailed(SwarmError):
+    """Raised if a server that is to be kept running does not come up, or dies too often."""
 
 
 class SubagentError(SwarmError):

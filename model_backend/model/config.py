@@ -190,8 +190,6 @@ class KimiConfig:
                 "this network loads 'kimi_k25' checkpoints"
             )
         text, vision = section(data, "text_config"), section(data, "vision_config")
-        if "quantization_config" in data or "quantization_config" in text:
-            raise ConfigError("config.json describes a quantised checkpoint; convert it to bf16")
         check_constants(text, _TEXT_CONSTANTS, "text_config")
         check_constants(vision, _VISION_CONSTANTS, "vision_config")
         yarn = section(text, "rope_scaling", "text_config.")

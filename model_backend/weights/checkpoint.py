@@ -4,32 +4,49 @@ config.json
 generation_config.json           the end-of-turn token as the stop token
 model.safetensors                or several model-0000N-of-0000M.safetensors and
 model.safetensors.index.json     the index of which tensor is in which file
+
+The routed experts are bf16 (or the model's own type), or INT4 as in the released checkpoint
+(``int4.py``). A model is always read dequantised.
 """
 
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from swarm_sdk.errors import ConfigError
 from swarm_sdk.model_backend.model.config import KimiConfig, special_token_id
+from swarm_sdk.model_backend.model.config_json import read_json
 from swarm_sdk.model_backend.model.kimi import KimiModel
-from swarm_sdk.model_backend.weights.names import CheckpointTensor, checkpoint_tensors
+from swarm_sdk.model_backend.weights import int4
+from swarm_sdk.model_backend.weights.files import DTYPE_NAMES, read_tensor, write_tensors
+from swarm_sdk.model_backend.weights.headers import (
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    TensorInfo,
+    read_header,
+    weight_map,
+)
+from swarm_sdk.model_backend.weights.layout import (
+    CODES_PER_WORD,
+    GROUP,
+    MAX_SHARD_BYTES,
+    StoredTensor,
+    index_of,
+    shards,
+    stored_tensors,
+)
+from swarm_sdk.model_backend.weights.quantization import is_int4 as has_int4_experts
+from swarm_sdk.model_backend.weights.quantization import with_quantization
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 K25_IM_END_ID = 163586
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-MAX_SHARD_BYTES = 4 * 2**30
 
 
 def save(
@@ -37,15 +54,23 @@ def save(
     folder: str | Path,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    *,
+    is_int4: bool = False,
 ) -> None:
     """Write the checkpoint into ``folder``, which is made if it does not exist.
 
     ``dtype`` is that of the written weights (``None``: the model's own); the router's correction
-    bias stays float32.
+    bias stays float32. With ``is_int4`` the routed experts are INT4 and the rest is bf16.
+
+    Raises:
+        ConfigError: INT4 is asked for and the experts' widths are no multiples of 32.
     """
     folder = Path(folder)
+    config = model.config
+    dtype = torch.bfloat16 if is_int4 else dtype or model.embed_tokens.weight.dtype
+    stored = stored_tensors(config, dtype=DTYPE_NAMES[dtype], int4=is_int4)
+    files = shards(stored, max_shard_bytes)
     folder.mkdir(parents=True, exist_ok=True)
-    config, dtype = model.config, dtype or model.embed_tokens.weight.dtype
     im_end = special_token_id(K25_IM_END_ID, config.text_config.vocab_size)
     generation = {
         "bos_token_id": config.bos_token_id,
@@ -53,24 +78,18 @@ def save(
         "pad_token_id": config.pad_token_id,
         "max_length": config.text_config.max_position_embeddings,
     }
-    _write_json(folder / "config.json", config.to_hf(str(dtype).removeprefix("torch.")))
-    _write_json(folder / "generation_config.json", generation)
-
-    shards = list(_shards(model, dtype, max_shard_bytes))
+    described = config.to_hf(str(dtype).removeprefix("torch."))
+    write_json(folder / "config.json", with_quantization(described, int4=is_int4))
+    write_json(folder / "generation_config.json", generation)
     for stale in (*folder.glob("model-*-of-*.safetensors"), folder / INDEX_FILE):
         stale.unlink(missing_ok=True)
-    if len(shards) == 1:
-        _write_weights(folder / WEIGHTS_FILE, model, shards[0], dtype)
-        return
-    (folder / WEIGHTS_FILE).unlink(missing_ok=True)
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_weights(folder / file, model, shard, dtype)
-        weight_map |= {tensor.name: file for tensor in shard}
-    total = sum(_num_bytes(tensor, dtype) for shard in shards for tensor in shard)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    _write_json(folder / INDEX_FILE, index)
+    if WEIGHTS_FILE not in files:
+        (folder / WEIGHTS_FILE).unlink(missing_ok=True)
+    state = model.state_dict()
+    for file, shard in files.items():
+        write_tensors(folder / file, shard, _values(shard, state, dtype))
+    if index := index_of(files):
+        write_json(folder / INDEX_FILE, index)
 
 
 def load(
@@ -78,7 +97,7 @@ def load(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> KimiModel:
-    """Read a checkpoint; the model is in evaluation mode.
+    """Read a checkpoint; the model is in evaluation mode. INT4 experts are dequantised (to bf16).
 
     Raises:
         ConfigError: the folder, a file or a tensor is missing, damaged or of another shape than
@@ -88,6 +107,7 @@ def load(
     if not folder.is_dir():
         raise ConfigError(f"no model at {folder}: there is no such folder")
     config = KimiConfig.from_hf(folder)
+    is_int4 = has_int4_experts(read_json(folder))
     with torch.device("meta"):
         model = KimiModel(config)
     state = {
@@ -98,108 +118,117 @@ def load(
         )
         for name, tensor in model.state_dict().items()
     }
-    with _open_weights(folder) as read, torch.no_grad():
-        for tensor in checkpoint_tensors(config):
-            tensor.part_of(state[tensor.parameter]).copy_(read(tensor))
+    find = _finder(folder)
+    with torch.no_grad():
+        for stored in stored_tensors(config, int4=is_int4):
+            tensor = stored.of
+            if stored.name == tensor.name:
+                value = read_tensor(_checked(find(stored.name), stored))
+            elif stored.name.endswith("_packed"):
+                value = int4.dequantize(read_int4(tensor.name, tensor.shape, find))
+            else:
+                continue  # read together with the packed words
+            tensor.part_of(state[tensor.parameter]).copy_(value)
     model.load_state_dict(state, assign=True)
     return model.eval()
+
+
+def read_int4(
+    name: str, shape: tuple[int, ...], find: Callable[[str], TensorInfo]
+) -> int4.Int4Weight:
+    """Read the three parts of the INT4 matrix ``name``, which must have this ``shape``.
+
+    Raises:
+        ConfigError: a part is missing, misshapen, of another type, or holds a scale that is not
+            finite; names the file.
+    """
+    rows, columns = shape
+    parts = {part: find(f"{name}_{part}") for part in ("packed", "scale", "shape")}
+    for part, wanted, dtypes in (
+        ("packed", (rows, columns // CODES_PER_WORD), ("I32",)),
+        ("scale", (rows, columns // GROUP), ("BF16",)),
+        ("shape", (2,), ("I32", "I64")),
+    ):
+        check_tensor(parts[part], wanted, dtypes)
+    told = tuple(read_tensor(parts["shape"]).tolist())
+    if told != (rows, columns):
+        raise ConfigError(
+            f"{parts['shape'].file}: {name}_shape says {list(told)}, config.json asks for "
+            f"{[rows, columns]}"
+        )
+    scale = read_tensor(parts["scale"])
+    if not scale.isfinite().all():
+        raise ConfigError(f"{parts['scale'].file} is damaged: {name}_scale is not finite")
+    return int4.Int4Weight(read_tensor(parts["packed"]), scale)
+
+
+def check_tensor(info: TensorInfo, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
+    """Check that a tensor of a file is what ``config.json`` asks for.
+
+    Raises:
+        ConfigError: it is of another shape or type; names the file and the tensor.
+    """
+    if info.shape != shape:
+        raise ConfigError(
+            f"{info.file}: {info.name} has the shape {list(info.shape)}, "
+            f"config.json asks for {list(shape)}"
+        )
+    if info.dtype not in dtypes:
+        raise ConfigError(f"{info.file}: {info.name} holds {info.dtype}, not {' or '.join(dtypes)}")
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write an object as indented JSON, whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+FLOAT_TYPES = ("BF16", "F32", "F16")
+
+
+def _checked(info: TensorInfo, stored: StoredTensor) -> TensorInfo:
+    check_tensor(info, stored.shape, FLOAT_TYPES)
+    return info
 
 
 def _is_bias(name: str) -> bool:
     return name.endswith("e_score_correction_bias")
 
 
-@contextmanager
-def _open_weights(folder: Path) -> Iterator[Callable[[CheckpointTensor], Tensor]]:
-    """Give a function that reads one tensor of the checkpoint in ``folder``."""
-    file_of = _weight_map(folder)
-    with ExitStack() as stack:
-        opened: dict[str, Any] = {}
+def _finder(folder: Path) -> Callable[[str], TensorInfo]:
+    """Give a function that finds a tensor by its name; headers are read as they are needed."""
+    file_of = weight_map(folder)
+    headers: dict[str, dict[str, TensorInfo]] = {}
 
-        def read(tensor: CheckpointTensor) -> Tensor:
-            name = tensor.name
-            file = file_of.get(name, "") if file_of is not None else WEIGHTS_FILE
-            if not file:
-                raise ConfigError(f"{folder / INDEX_FILE} does not list the tensor {name}")
-            path = folder / file
-            if file not in opened:
-                opened[file] = stack.enter_context(_open_file(path))
-            try:
-                value: Tensor = opened[file].get_tensor(name)
-            except SafetensorError:
-                raise ConfigError(f"{path} has no tensor {name}") from None
-            if tuple(value.shape) != tensor.shape:
-                raise ConfigError(
-                    f"{path}: {name} has the shape {list(value.shape)}, "
-                    f"config.json asks for {list(tensor.shape)}"
-                )
-            if not value.is_floating_point():
-                raise ConfigError(
-                    f"{path}: {name} holds {value.dtype}, not numbers of a floating type"
-                )
-            return value
+    def find(name: str) -> TensorInfo:
+        file = WEIGHTS_FILE if file_of is None else file_of.get(name, "")
+        if not file:
+            raise ConfigError(f"{folder / INDEX_FILE} does not list the tensor {name}")
+        if file not in headers:
+            headers[file] = read_header(folder / file)
+        if name not in headers[file]:
+            raise ConfigError(f"{folder / file} has no tensor {name}")
+        return headers[file][name]
 
-        yield read
+    return find
 
 
-def _open_file(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except FileNotFoundError:
-        raise ConfigError(f"the checkpoint file {path} is missing") from None
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{path} is damaged or no safetensors file: {error}") from None
+def _values(
+    shard: Iterable[StoredTensor], state: dict[str, Any], dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    for stored in shard:
+        tensor = stored.of
+        if stored.name == tensor.name:
+            value = tensor.part_of(state[tensor.parameter]).detach().cpu()
+            yield stored.name, value.to(torch.float32 if tensor.is_float32 else dtype)
+        elif stored.name.endswith("_packed"):
+            value = tensor.part_of(state[tensor.parameter]).detach()
+            yield from int4_parts(tensor.name, int4.quantize(value))
 
 
-def _weight_map(folder: Path) -> dict[str, str] | None:
-    """Read the file of each tensor, or give ``None`` for a checkpoint of a single file."""
-    path = folder / INDEX_FILE
-    if not path.exists():
-        return None
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        return {str(name): str(Path(file).name) for name, file in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise ConfigError(f"{path} is damaged: it must hold a JSON object 'weight_map'") from None
-
-
-def _shards(
-    model: KimiModel, dtype: torch.dtype, max_shard_bytes: int
-) -> Iterator[list[CheckpointTensor]]:
-    shard: list[CheckpointTensor] = []
-    num_bytes = 0
-    for tensor in checkpoint_tensors(model.config):
-        size = _num_bytes(tensor, dtype)
-        if shard and num_bytes + size > max_shard_bytes:
-            yield shard
-            shard, num_bytes = [], 0
-        shard.append(tensor)
-        num_bytes += size
-    yield shard
-
-
-def _num_bytes(tensor: CheckpointTensor, dtype: torch.dtype) -> int:
-    num_values = 1
-    for size in tensor.shape:
-        num_values *= size
-    return num_values * (4 if tensor.is_float32 else dtype.itemsize)
-
-
-def _write_weights(
-    path: Path, model: KimiModel, shard: list[CheckpointTensor], dtype: torch.dtype
-) -> None:
-    state = model.state_dict()
-    values = {
-        tensor.name: tensor.part_of(state[tensor.parameter])
-        .detach()
-        .to(device="cpu", dtype=torch.float32 if tensor.is_float32 else dtype, copy=True)
-        .contiguous()
-        for tensor in shard
-    }
-    partial = path.with_suffix(".partial")
-    save_file(values, partial, metadata={"format": "pt"})
-    partial.replace(path)  # a broken-off write leaves no half checkpoint under the real name
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def int4_parts(name: str, weight: int4.Int4Weight) -> Iterator[tuple[str, Tensor]]:
+    """Give the three tensors of a checkpoint that hold one INT4 matrix."""
+    yield f"{name}_packed", weight.packed
+    yield f"{name}_scale", weight.scale
+    yield f"{name}_shape", torch.tensor(weight.shape, dtype=torch.int32)

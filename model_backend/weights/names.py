@@ -40,6 +40,11 @@ class CheckpointTensor:
     is_float32: bool = False
     """Whether it stays float32 in a checkpoint of lower precision."""
 
+    @property
+    def is_routed_expert(self) -> bool:
+        """Whether it is a matrix of a routed expert: what INT4 checkpoints quantise."""
+        return self.expert is not None
+
     def part_of(self, parameter: Tensor) -> Tensor:
         """Return the view of ``parameter`` that this tensor fills."""
         part = parameter if self.expert is None else parameter[self.expert]

@@ -41,7 +41,8 @@ from swarm_sdk.model_backend.chat.dialogue import TokenModel
 from swarm_sdk.model_backend.embedded import open_embedded
 from swarm_sdk.model_backend.engine.engine import EmbeddedEngine
 from swarm_sdk.model_backend.model.kimi import KimiModel
-from swarm_sdk.model_backend.weights.checkpoint import load, save
+from swarm_sdk.model_backend.weights.checkpoint import load
+from swarm_sdk.model_backend.weights.servable import save_checkpoint
 from swarm_sdk.runtime.budget import Budget
 from swarm_sdk.runtime.environment import EnvTask
 from swarm_sdk.runtime.rollouts import RolloutManager
@@ -127,8 +128,8 @@ class Parl:
             figures = await self.step()
             say(self.iteration, self.config.steps, figures)
         self._checkpoint()
-        save(self._served(), self.journal.run / "model", dtype=torch.bfloat16)
-        self.policy.chat_format.tokenizer.save(self.journal.run / "model")
+        tokenizer = self.policy.chat_format.tokenizer
+        save_checkpoint(self._served(), tokenizer, self.journal.run / "model", torch.bfloat16)
 
     async def step(self) -> dict[str, Any]:
         """One iteration; returns its figures."""
@@ -564,8 +565,8 @@ def replay(config: ParlConfig, source: Path, run: Path) -> list[dict[str, Any]]:
         journal.write_metrics(iteration, figures)
         say(iteration + 1, len(batches), figures)
         told.append(figures)
-    save(learner.model, run / "model", dtype=torch.bfloat16)
-    policy.chat_format.tokenizer.save(run / "model")
+    tokenizer = policy.chat_format.tokenizer
+    save_checkpoint(learner.model, tokenizer, run / "model", torch.bfloat16)
     ledger.close()
     journal.close()
     return told

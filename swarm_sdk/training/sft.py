@@ -77,12 +77,13 @@ def sft(
     from swarm_sdk.model_backend.chat.tokenizer import Tokenizer
     from swarm_sdk.model_backend.model.config import nano
     from swarm_sdk.model_backend.model.kimi import KimiModel
-    from swarm_sdk.model_backend.weights.checkpoint import load, save
+    from swarm_sdk.model_backend.weights.checkpoint import load
+    from swarm_sdk.model_backend.weights.servable import save_checkpoint
     from swarm_sdk.traces.parl.sft import SftConfig, train
 
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("there is no CUDA device; use --device cpu")
-    Tokenizer.from_dir(vocabulary)  # a bad one is found before any work starts
+    tokenizer = Tokenizer.from_dir(vocabulary)  # a bad one is found before any work starts
     config = SftConfig(
         max_seconds=max_seconds, batch_tokens=batch_tokens, peak_lr=peak_lr, seed=seed
     )
@@ -110,8 +111,7 @@ def sft(
 
         totals = train(model, iter(rows), config, log)
         totals |= rows.counts()
-    save(model.to(torch.bfloat16), out)
-    Tokenizer.from_dir(vocabulary).save(out)
+    save_checkpoint(model.to(torch.bfloat16), tokenizer, out)
     settings = {"sft": asdict(config), "mix": asdict(mix), "workers": workers, "totals": totals}
     (out / "training.json").write_text(json.dumps(settings, indent=1, default=str) + "\n")
     _say(f"saved to {out}: {totals}")

@@ -61,7 +61,6 @@ def test_special_tokens_are_the_last_256_ids() -> None:
     ("section", "field", "value", "message"),
     [
         ("", "model_type", "llama", "'llama'"),
-        ("", "quantization_config", {"quant_method": "compressed-tensors"}, "quantised"),
         ("", "text_config", None, "no text_config section"),
         ("", "media_placeholder_token_id", 512, "outside the vocabulary"),
         ("text_config", "hidden_size", "64", "text_config.hidden_size must be of the type int"),

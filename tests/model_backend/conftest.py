@@ -1,4 +1,4 @@
-"""Fixtures of the model's tests: the parity benchmark's own code, and a random tiny model."""
+"""Fixtures of the tests of model and weights: the parity benchmark, and a random tiny model."""
 
 import importlib.util
 import sys
@@ -11,7 +11,7 @@ import torch
 from swarm_sdk.model_backend.model.config import tiny
 from swarm_sdk.model_backend.model.kimi import KimiModel
 
-PARITY = Path(__file__).parents[3] / "benchmarks" / "parity.py"
+PARITY = Path(__file__).parents[2] / "benchmarks" / "parity.py"
 
 
 @pytest.fixture(scope="session")

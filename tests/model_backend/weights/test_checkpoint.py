@@ -90,7 +90,7 @@ def rewrite(folder: Path, change: dict[str, torch.Tensor | None]) -> None:
     [
         (None, f"has no tensor {EXPERT}"),
         (torch.zeros(3, 4), r"has the shape \[3, 4\], config.json asks for \[32, 64\]"),
-        (torch.zeros(32, 64, dtype=torch.int32), "torch.int32"),
+        (torch.zeros(32, 64, dtype=torch.int32), "holds I32, not BF16"),
     ],
     ids=["missing", "misshapen", "integers"],
 )

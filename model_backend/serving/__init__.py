@@ -1,0 +1,1 @@
+"""Launches SGLang servers and keeps them running."""

@@ -1,0 +1,180 @@
+"""What is checked before anything loads, and the commands that come of it."""
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from swarm_sdk.config import nano_directory
+from swarm_sdk.errors import ConfigError
+from swarm_sdk.model_backend.model.config import k25
+from swarm_sdk.model_backend.serving.memory import Gpu, Needs, choose_tp, find_gpus, needs_of
+from swarm_sdk.model_backend.serving.plan import Ask, Plan, plan
+from swarm_sdk.model_backend.weights.layout import stored_tensors
+from swarm_sdk.model_backend.weights.quantization import with_quantization
+
+
+def value(launched: Plan, flag: str, server: int = 0) -> str:
+    command = launched.servers[server].command
+    return command[command.index(flag) + 1]
+
+
+@functools.cache
+def k25_needs(context: int = 262_144) -> Needs:
+    size = sum(tensor.num_bytes for tensor in stored_tensors(k25(), int4=True))
+    return Needs(weight_bytes=size, cache_bytes_per_token=70_272, context_tokens=context)
+
+
+def gpus_of(number: int, gb: float) -> list[Gpu]:
+    size = int(gb * 1e9)
+    return [Gpu(index=i, name="GPU", total_bytes=size, free_bytes=size) for i in range(number)]
+
+
+def test_the_needs_of_nano_come_from_its_headers() -> None:
+    from swarm_sdk.model_backend.model.config import KimiConfig
+
+    needs = needs_of(nano_directory(), KimiConfig.from_hf(nano_directory()), None)
+    size = (nano_directory() / "model.safetensors").stat().st_size
+    assert size - 100_000 < needs.weight_bytes < size
+    assert (needs.cache_bytes_per_token, needs.context_tokens) == (2 * (128 + 32) * 7, 8192)
+
+
+def test_k25_that_does_not_fit_is_told_in_one_sentence_with_the_numbers() -> None:
+    with pytest.raises(ConfigError) as caught:
+        choose_tp(k25_needs(), gpus_of(4, 80), servers=1, tp=None, dp=1, num_heads=64)
+    said = str(caught.value)
+    assert "needs 595 GB of GPU memory for the weights" in said
+    assert "18.42 GB on each GPU for one context of 262144 tokens" in said
+    assert "4 GPUs of 80 GB found" in said
+    assert "with --tp 4 each would need 167.2 GB of the 72.0 GB" in said
+    assert "\n" not in said
+    with pytest.raises(ConfigError, match="no GPU was found"):
+        choose_tp(k25_needs(), [], servers=1, tp=None, dp=1, num_heads=64)
+
+
+@pytest.mark.parametrize(
+    ("number", "gb", "context", "tp"),
+    [(8, 141, 262_144, 8), (8, 141, 8192, 8), (8, 192, 262_144, 4), (16, 80, 262_144, 16)],
+)
+def test_the_fewest_gpus_that_hold_a_copy_are_taken(
+    number: int, gb: float, context: int, tp: int
+) -> None:
+    found = gpus_of(number, gb)
+    assert choose_tp(k25_needs(context), found, servers=1, tp=None, dp=1, num_heads=64) == tp
+
+
+def test_more_copies_than_gpus_are_refused() -> None:
+    needs = Needs(weight_bytes=1, cache_bytes_per_token=1, context_tokens=1)
+    with pytest.raises(ConfigError, match="2 servers x tp 2 x dp 1 need 4 GPUs: 3 GPUs of 80 GB"):
+        choose_tp(needs, gpus_of(3, 80), servers=2, tp=2, dp=1, num_heads=64)
+
+
+def test_gpus_are_those_that_the_environment_shows(
+    gpus: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus(4)
+    assert [gpu.index for gpu in find_gpus()] == [0, 1, 2, 3]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,3")
+    assert [gpu.index for gpu in find_gpus()] == [1, 3]
+
+
+def test_one_server_gets_flags_that_fit_the_model(
+    python: str, gpus: Callable[..., None], port: int
+) -> None:
+    gpus(2)
+    extra = ("--mem-fraction-static", "0.5")
+    made = plan(Ask(folder=nano_directory(), port=port, python=python, ep=1, extra=extra))
+    (server,) = made.servers
+    assert made.router is None
+    assert made.url == server.url == f"http://127.0.0.1:{port}"
+    assert server.command[:3] == (python, "-m", "sglang.launch_server")
+    assert server.command[-2:] == extra
+    assert value(made, "--attention-backend") == "triton"  # its cache is 128 + 32 wide
+    assert value(made, "--tool-call-parser") == value(made, "--reasoning-parser") == "kimi_k2"
+    assert value(made, "--ep-size") == "1"
+    assert server.environment == {"CUDA_VISIBLE_DEVICES": "0"}
+    assert "--tp-size" not in server.command
+
+
+def test_several_servers_share_the_gpus_behind_a_router(
+    python: str, gpus: Callable[..., None], port: int
+) -> None:
+    gpus(4)
+    made = plan(Ask(folder=nano_directory(), port=port, python=python, servers=2, tp=2))
+    assert [server.environment["CUDA_VISIBLE_DEVICES"] for server in made.servers] == ["0,1", "2,3"]
+    assert value(made, "--tp-size") == "2"
+    assert [value(made, "--port", one) for one in (0, 1)] == [str(port + 1), str(port + 2)]
+    assert made.router is not None
+    assert made.url == f"http://127.0.0.1:{port}"
+    urls = [server.url for server in made.servers]
+    at = made.router.command.index("--worker-urls")
+    assert list(made.router.command[at + 1 :]) == urls
+
+
+def int4_folder(folder: Path) -> Path:
+    """A folder whose config says INT4; its one file is nano's."""
+    folder.mkdir()
+    content: dict[str, Any] = json.loads((nano_directory() / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(with_quantization(content, int4=True)))
+    (folder / "model.safetensors").symlink_to(nano_directory() / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"servers": 0}, "--servers must be at least 1"),
+        ({"tp": 0}, "--tp must be at least 1"),
+        ({"context_tokens": 9000}, "--context-length must be 1 to 8192, got 9000"),
+        ({"device": "tpu"}, "unknown device 'tpu'"),
+        ({"port": 70000}, "--port must be 1 to 65535"),
+        ({"python": "/nowhere/python"}, "cannot run: No such file"),
+        ({"python": "/bin/false"}, "is no working Python"),
+        ({"folder": Path("/nowhere")}, "no model at"),
+    ],
+)
+def test_a_mistake_is_one_sentence(
+    python: str, gpus: Callable[..., None], port: int, changes: dict[str, Any], message: str
+) -> None:
+    gpus(1)
+    with pytest.raises(ConfigError, match=message):
+        plan(Ask(**{"folder": nano_directory(), "port": port, "python": python} | changes))
+
+
+def test_a_missing_install_is_told_with_the_way_to_get_it(
+    python: str, gpus: Callable[..., None], port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus(2)
+    monkeypatch.setenv("INSTALLED", "[true, false]")
+    plan(Ask(folder=nano_directory(), port=port, python=python))
+    with pytest.raises(ConfigError, match="pip install sglang-router"):
+        plan(Ask(folder=nano_directory(), port=port, python=python, servers=2))
+    monkeypatch.setenv("INSTALLED", "[false, false]")
+    with pytest.raises(ConfigError, match="SGLang is not installed for"):
+        plan(Ask(folder=nano_directory(), port=port, python=python))
+
+
+def test_a_port_in_use_is_refused(python: str, gpus: Callable[..., None], port: int) -> None:
+    import socket
+
+    gpus(2)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", port + 2))
+        taken.listen()
+        plan(Ask(folder=nano_directory(), port=port, python=python))
+        with pytest.raises(ConfigError, match=f"127.0.0.1:{port + 2} cannot be used"):
+            plan(Ask(folder=nano_directory(), port=port, python=python, servers=2))
+
+
+def test_on_the_cpu_int4_is_refused_and_bf16_gets_plain_flags(
+    python: str, port: int, tmp_path: Path
+) -> None:
+    made = plan(Ask(folder=nano_directory(), port=port, python=python, device="cpu"))
+    assert value(made, "--attention-backend") == "torch_native"
+    assert made.servers[0].environment == {}
+    folder = int4_folder(tmp_path / "int4")
+    with pytest.raises(ConfigError, match=r"INT4 experts on GPUs only; .*--to bf16"):
+        plan(Ask(folder=folder, port=port, python=python, device="cpu"))
