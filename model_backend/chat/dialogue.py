@@ -12,6 +12,7 @@ A turn that ended without ``<|im_end|>`` (cut by length, or aborted) gets it fro
 
 from __future__ import annotations
 
+import uuid
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -61,6 +62,9 @@ class TokenDialogue:
         self._ids: list[int] = []
         self._num_calls = first_call_index
         self._images: list[Image] = []
+        self._routing_key = uuid.uuid4().hex
+        self._num_with_experts = 0
+        """Positions whose experts the turns so far told."""
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -114,6 +118,8 @@ class TokenDialogue:
                 sampling,
                 max_tokens=min(sampling.max_tokens, room),
                 stop_token_ids=tuple(stop_ids),
+                routing_key=sampling.routing_key or self._routing_key,
+                experts_from=self._num_with_experts,
             ),
             tuple(self._images),
         )
@@ -121,6 +127,8 @@ class TokenDialogue:
             generation.token_ids, first_call_index=self._num_calls, tools=self._tools
         )
         self._ids = [*context, *generation.token_ids]
+        if generation.routed_experts is not None:
+            self._num_with_experts += len(generation.routed_experts)
         self._num_calls += len(message.tool_calls)
         return Turn(message=message, generation=generation, prompt_ids=tuple(prompt))
 
@@ -136,6 +144,8 @@ class TokenDialogue:
                 "a recorded turn does not fit this chat format; resume with the model that ran it"
             )
         self._ids += [*prompt, *turn.generation.token_ids]
+        if turn.generation.routed_experts is not None:
+            self._num_with_experts += len(turn.generation.routed_experts)
         self._num_calls += len(turn.message.tool_calls)
 
     def _lead(self) -> list[int]:
