@@ -24,10 +24,12 @@ def open_embedded(
     dtype: torch.dtype = torch.float32,
     max_running: int = 64,
     name: str | None = None,
+    is_frozen: bool = False,
 ) -> TokenModel:
     """Load a checkpoint and its tokenizer and start an engine on them.
 
-    Records call the model ``name``, or the directory's.
+    Records call the model ``name``, or the directory's. An engine that ``is_frozen`` refuses new
+    weights.
 
     Raises:
         ConfigError: a file is missing or broken, or weights and tokenizer do not fit together.
@@ -47,6 +49,7 @@ def open_embedded(
         engine=EmbeddedEngine(
             model,
             max_running=max_running,
+            is_frozen=is_frozen,
             prefill_chunk_tokens=CUDA_CHUNK_TOKENS if device.startswith("cuda") else CHUNK_TOKENS,
         ),
         chat_format=ChatFormat(tokenizer, thinking=True),

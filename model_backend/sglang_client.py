@@ -144,6 +144,10 @@ class SglangEngine:
         """The servers' addresses."""
         return tuple(client.base_url for client in self._clients)
 
+    def num_running(self, number: int = 0) -> int:
+        """Calls that a server is answering now."""
+        return sum(at == number for at, _ in self._running.values())
+
     async def generate(
         self, token_ids: Sequence[int], sampling: Sampling, images: Sequence[Image] = ()
     ) -> Generation:
@@ -311,6 +315,10 @@ class SglangEngine:
         generation = generation_of(answer, shape=shape, experts_from=experts_from)
         if pieces and not generation.version_spans:  # SGLang 0.5.11 tells them in the pieces only
             generation = replace(generation, version_spans=spans_of(pieces))
+        if generation.finish_reason == "abort" and not self._is_closing:
+            # Not by us: an update of the weights ends what runs, if it is told to.
+            url = self._clients[number].base_url
+            raise ModelError(f"{url} ended a request before its time", status=503, retryable=True)
         return generation
 
     async def _fit(

@@ -40,6 +40,7 @@ from swarm_sdk.errors import ConfigError, LedgerError, NotTrainable
 from swarm_sdk.model_backend.chat.dialogue import TokenModel
 from swarm_sdk.model_backend.embedded import open_embedded
 from swarm_sdk.model_backend.engine.engine import EmbeddedEngine
+from swarm_sdk.model_backend.weight_sink import WeightSink
 from swarm_sdk.model_backend.weights.checkpoint import load, save
 from swarm_sdk.runtime.budget import Budget
 from swarm_sdk.runtime.environment import EnvTask
@@ -75,6 +76,9 @@ class Parl:
         )
         self.team: Team = team
         self.policy: TokenModel = self._open(start)
+        assert isinstance(self.policy.engine, EmbeddedEngine)
+        self.sink: WeightSink = self.policy.engine
+        """Where new weights go."""
         self.frozen: TokenModel | None = None
         self.reader: BatchReader = batch_reader(config, self.policy)
         self.environment: DrawnEnvironment = make_environment(config)
@@ -219,7 +223,7 @@ class Parl:
         if not config.train_subagents:
             self._retired, self.frozen = (
                 self.frozen,
-                self._open(checkpoint_directory(wanted), wanted),
+                self._open(checkpoint_directory(wanted), wanted, is_frozen=True),
             )
         self._swarm = Swarm(
             self.policy,
@@ -258,9 +262,7 @@ class Parl:
         """Copy the policy's weights into its engine; the version goes up by one."""
         self.version += 1
         self.team.share(("weights",))
-        engine = self.policy.engine
-        assert isinstance(engine, EmbeddedEngine)
-        await engine.update_weights(self.learner.weights(), self.version)
+        await self.sink.update_weights(self.learner.weights(), self.version)
 
     def _routing_disagreement(self, batch: Batch) -> dict[str, float]:
         engine = self.policy.engine
@@ -269,7 +271,9 @@ class Parl:
         share = self.learner.routing_disagreement(engine.model, batch)
         return {} if share is None else {"routing_disagreement": share}
 
-    def _open(self, directory: Path, name: str = "policy") -> TokenModel:
+    def _open(
+        self, directory: Path, name: str = "policy", *, is_frozen: bool = False
+    ) -> TokenModel:
         config = self.config
         return open_embedded(
             directory,
@@ -277,6 +281,7 @@ class Parl:
             dtype=DTYPES[config.dtype],
             max_running=config.max_running,
             name=name,
+            is_frozen=is_frozen,
         )
 
     # -- the record ------------------------------------------------------------------------------

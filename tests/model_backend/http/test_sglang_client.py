@@ -196,6 +196,15 @@ async def test_closing_ends_running_calls_with_an_abort(wire):
 
 
 @pytest.mark.anyio
+async def test_a_call_that_the_server_ended_for_new_weights_is_asked_for_again(wire):
+    ended = wire.replies(answer((5,), {"type": "abort", "message": "Aborted"}))
+    async with wire.serving(ended, wire.replies(answer(weight_version="2"))) as server:
+        generation = await generate(server)
+    assert len(server.bodies) == 2
+    assert (generation.token_ids, generation.weight_version) == ((11, 12, 2), 2)
+
+
+@pytest.mark.anyio
 async def test_a_server_that_ignores_seeds_is_warned_of_once(wire, caplog):
     async with wire.serving(wire.replies(answer())) as server:
         server.be(**serves())
