@@ -29,6 +29,7 @@ from swarm_sdk.model_backend.model.vision import Projector, VisionTower
 
 if TYPE_CHECKING:
     from swarm_sdk.model_backend.model.config import KimiConfig, TextConfig
+    from swarm_sdk.model_backend.model.moe import Choices
 
 
 class DecoderLayer(nn.Module):
@@ -52,7 +53,7 @@ class DecoderLayer(nn.Module):
         x_TD: Tensor,
         rotation_TP: Tensor,
         attention: AttentionContext,
-        chosen_experts: list[Tensor] | None = None,
+        chosen_experts: Choices | None = None,
     ) -> Tensor:
         """Return the hidden states [T, D] after this layer."""
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rotation_TP, attention)
@@ -87,14 +88,14 @@ class KimiModel(nn.Module):
         positions_T: Tensor,
         attention: AttentionContext,
         media: MediaBatch | Tensor | None = None,
-        chosen_experts: list[Tensor] | None = None,
+        chosen_experts: Choices | None = None,
     ) -> Tensor:
         """Return the hidden states [T, D] after the final norm.
 
         ``positions_T`` count from 0 in each sequence. ``media`` fills the placeholders among
         ``token_ids_T`` in order: items to encode, or features [M, D] from ``encode_media``.
         The ids of the experts that each mixture layer chose, [T, K], are appended to
-        ``chosen_experts`` if it is given.
+        ``chosen_experts`` if it is a list; ``ReplayedExperts`` tell the layers which to choose.
 
         Raises:
             ConfigError: the number of placeholders differs from that of the media tokens.

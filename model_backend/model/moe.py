@@ -22,6 +22,8 @@ from torch.nn import functional
 from swarm_sdk.model_backend.kernels.experts import run_experts
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from swarm_sdk.model_backend.model.config import TextConfig
 
 
@@ -55,13 +57,17 @@ class Router(nn.Module):
         bias_E = torch.zeros(config.n_routed_experts, dtype=torch.float32)
         self.register_buffer("e_score_correction_bias", bias_E)
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ids [T, K] (int64) and weights [T, K] (float32) of the chosen experts."""
+    def forward(self, x_TD: Tensor, expert_ids_TK: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return ids [T, K] (int64) and weights [T, K] (float32) of the chosen experts.
+
+        Given ``expert_ids_TK`` it weighs those and chooses none.
+        """
         with torch.autocast(x_TD.device.type, enabled=False):
             scores_TE = functional.linear(x_TD.float(), self.weight.float()).sigmoid()
-        expert_ids_TK = (scores_TE + self.e_score_correction_bias).topk(
-            self.num_chosen, dim=-1, sorted=False
-        )[1]
+        if expert_ids_TK is None:
+            expert_ids_TK = (scores_TE + self.e_score_correction_bias).topk(
+                self.num_chosen, dim=-1, sorted=False
+            )[1]
         weights_TK = scores_TE.gather(1, expert_ids_TK)
         total_T1 = weights_TK.sum(dim=-1, keepdim=True) + 1e-20
         return expert_ids_TK, weights_TK * (self.routed_scaling_factor / total_T1)
@@ -85,6 +91,21 @@ class Experts(nn.Module):
         return run_experts(x_TD, expert_ids_TK, weights_TK, self.gate_up_proj, self.down_proj)
 
 
+class ReplayedExperts:
+    """Choices on record that take the place of the routers' own (routing replay, R3).
+
+    Rounding sends a token to other experts in the trainer than in the engine that sampled it; with
+    the engine's choices the weights and the gradients are still the trainer's. One pass uses it up.
+    """
+
+    def __init__(self, experts_TLK: Tensor) -> None:
+        """``experts_TLK`` [T, mixture layers, K] (int64), in the order of the layers."""
+        self.layers: Iterator[Tensor] = iter(experts_TLK.unbind(1))
+
+
+Choices = list[Tensor] | ReplayedExperts
+
+
 class MixtureOfExperts(nn.Module):
     """Routed experts and the shared expert that every token passes."""
 
@@ -95,10 +116,16 @@ class MixtureOfExperts(nn.Module):
         shared_size = config.moe_intermediate_size * config.n_shared_experts
         self.shared_experts: SwiGLU = SwiGLU(config.hidden_size, shared_size)
 
-    def forward(self, x_TD: Tensor, chosen_experts: list[Tensor] | None = None) -> Tensor:
-        """Return the output [T, D]; append the chosen ids [T, K] to ``chosen_experts`` if given."""
-        expert_ids_TK, weights_TK = self.gate(x_TD)
-        if chosen_experts is not None:
+    def forward(self, x_TD: Tensor, chosen_experts: Choices | None = None) -> Tensor:
+        """Return the output [T, D].
+
+        A list is appended the chosen ids [T, K]; ``ReplayedExperts`` say which to choose.
+        """
+        replayed_TK = (
+            next(chosen_experts.layers) if isinstance(chosen_experts, ReplayedExperts) else None
+        )
+        expert_ids_TK, weights_TK = self.gate(x_TD, replayed_TK)
+        if isinstance(chosen_experts, list):
             chosen_experts.append(expert_ids_TK)
         y_TD: Tensor = self.experts(x_TD, expert_ids_TK, weights_TK) + self.shared_experts(x_TD)
         return y_TD

@@ -45,7 +45,8 @@ serve() {
         --host 127.0.0.1 --port "$port" \
         --device cpu --attention-backend torch_native --sampling-backend pytorch \
         --cuda-graph-backend-decode disabled --cuda-graph-backend-prefill disabled \
-        --disable-overlap-schedule --max-total-tokens 32768 --mem-fraction-static 0.2 \
+        --disable-overlap-schedule --sleep-on-idle \
+        --max-total-tokens 32768 --mem-fraction-static 0.2 \
         --enable-return-routed-experts --tool-call-parser kimi_k2 --reasoning-parser kimi_k2 \
         >"$work/$2.log" 2>&1 &
     server=$!

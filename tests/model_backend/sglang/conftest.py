@@ -1,4 +1,4 @@
-"""The SGLang servers that ``tests/sglang/run.sh`` started, and our own model on the same weights."""
+"""The SGLang servers that ``tests/sglang/run.sh`` started, and our own model on their weights."""
 
 import os
 from collections.abc import AsyncIterator

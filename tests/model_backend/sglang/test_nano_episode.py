@@ -1,4 +1,4 @@
-"""``nano`` behind real SGLang servers, end to end; ``benchmarks/sglang.py`` does it and measures.
+"""``nano`` behind real SGLang servers, end to end, as ``benchmarks/sglang_server.py`` measures it.
 
 The file that SWARM_SGLANG_FIGURES names, if it is set, gets the figures.
 """
@@ -24,7 +24,7 @@ def figures(nano_url: str) -> dict[str, Any]:
     done = subprocess.run(
         [
             sys.executable,
-            "benchmarks/sglang.py",
+            "benchmarks/sglang_server.py",
             "--json",
             *servers,
             "--kill",
@@ -35,7 +35,7 @@ def figures(nano_url: str) -> dict[str, Any]:
         text=True,
         check=True,
     )
-    print(done.stdout)
+    sys.stdout.write(done.stdout)
     if path := os.environ.get("SWARM_SGLANG_FIGURES"):
         Path(path).write_text(done.stdout, encoding="utf-8")
     return json.loads(done.stdout)["results"]

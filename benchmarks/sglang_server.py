@@ -1,6 +1,6 @@
 """A swarm on real SGLang servers that serve `nano`: it holds, and agrees with our model, or not.
 
-    python benchmarks/sglang.py --url URL --url URL --kill PID [--json] [--quick]
+    python benchmarks/sglang_server.py --url URL --url URL --kill PID [--json] [--quick]
 
 `make test-sglang` starts two servers and runs it; the second server is killed on the way.
 
@@ -12,9 +12,9 @@
 Keys: item_f1, subagents, tool_calls, tool_errors, ids_in_equal_ids_out (the server, sent the
 recorded contexts, reads back the recorded ids), mean_abs_dlogprob_vs_embedded,
 max_abs_dlogprob_vs_embedded, routing_agreement (of (token, layer) pairs, the share for which the
-server recorded the experts that our model chooses), prefix_hits_later_turns (cached tokens, of those
-that earlier turns of the same context had computed), cached_fraction_later_turns (of the whole
-prompt, new tool results included), cancel_ms, tensor_changes, tensor_restores, disk_changes,
+server recorded the experts that our model chooses), prefix_hits_later_turns (cached tokens, of
+those that earlier turns of the same context had computed), cached_fraction_later_turns (of the
+whole prompt, new tool results included), cancel_ms, tensor_changes, tensor_restores, disk_changes,
 disk_restores (bit for bit, ids and log-probabilities), verified (checksums), tensor_s, disk_s,
 episodes_at_kill, calls_moved, episodes_survived, wall_s (of the wide question).
 """
