@@ -247,6 +247,12 @@ class SglangEngine:
                 f"token_ids go from {min(token_ids)} to {max(token_ids)}, and the vocabulary has "
                 f"{self._model.tokenizer.num_tokens}; use the tokenizer of the served model"
             )
+        for image in images:
+            if not image.media_type.startswith("image/"):  # SGLang's K2.5 processor has no videos
+                raise ConfigError(
+                    f"{image.name or 'a file'} is no picture ({image.media_type}); SGLang takes "
+                    "PNG and JPEG for this model, so send the frames that matter"
+                )
         params: dict[str, Any] = {
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,

@@ -9,7 +9,7 @@ from swarm_sdk.model_backend.model.config import nano, tiny
 from swarm_sdk.model_backend.model.kimi import KimiModel
 from swarm_sdk.model_backend.model.media import MediaBatch, MediaItem
 from swarm_sdk.model_backend.model.mla import FullAttention, absorb
-from swarm_sdk.model_backend.model.moe import Router
+from swarm_sdk.model_backend.model.moe import Choices, ReplayedExperts, Router
 from swarm_sdk.model_backend.model.rope import rotate, text_rotation
 
 CONFIG = tiny().text_config
@@ -100,6 +100,27 @@ def test_the_correction_bias_chooses_experts_and_does_not_weigh_them() -> None:
     torch.testing.assert_close(weights, expected)
     router.e_score_correction_bias[6] = -10.0
     assert not bool((router(x_TD)[0] == 6).any())
+
+
+@torch.inference_mode()
+def test_replayed_experts_take_the_place_of_the_routers_choice_layer_by_layer(
+    tiny_model: KimiModel,
+) -> None:
+    (ids_T,) = random_ids(9)
+
+    def hidden(experts: Choices | None) -> Tensor:
+        attention = FullAttention(tiny_model.config.text_config, [len(ids_T)])
+        found: Tensor = tiny_model(ids_T, torch.arange(len(ids_T)), attention, None, experts)
+        return found
+
+    chosen: list[Tensor] = []
+    own = hidden(chosen)
+    recorded_TLK = torch.stack(chosen, dim=1)
+    torch.testing.assert_close(hidden(ReplayedExperts(recorded_TLK)), own, atol=0, rtol=0)
+    # In another order of the experts of a token: the same up to the order of a sum.
+    torch.testing.assert_close(hidden(ReplayedExperts(recorded_TLK.flip(-1))), own)
+    others_TLK = (recorded_TLK + 1) % tiny_model.config.text_config.n_routed_experts
+    assert not torch.allclose(hidden(ReplayedExperts(others_TLK)), own, atol=1e-2)
 
 
 def test_the_router_computes_in_float32_for_a_bf16_model() -> None:

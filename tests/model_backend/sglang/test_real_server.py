@@ -240,6 +240,47 @@ async def test_a_picture_is_seen_as_our_model_sees_it(engine, our_model, tokeniz
     assert np.abs(blind - ours).mean() > MEAN_LOGPROB_BOUND
 
 
+async def test_the_same_pictures_agree_in_our_model_transformers_and_sglang(
+    engine, our_model, tokenizer, checkpoint_dir, parity
+):
+    draw, special = np.random.default_rng(1), tokenizer.special
+    pictures, items = [], []
+    for height, width in ((75, 110), (300, 41)):
+        encoded = io.BytesIO()
+        pixels = draw.integers(0, 255, (height, width, 3), dtype=np.uint8)
+        Pillow.fromarray(pixels).save(encoded, "PNG")
+        pictures.append(Image(encoded.getvalue()))
+        items.append(media.preprocess_image(media.decode_image(encoded.getvalue())))
+    begin, end = [special.media_begin], [special.media_end]
+    parts = (
+        [*random_ids(10, seed=17), *begin],
+        items[0],
+        [*end, *random_ids(5, seed=18), *begin],
+        items[1],
+        [*end, *random_ids(10, seed=19)],
+    )
+    prompt = parity.Case(parts).token_ids(special.media_pad, special.media_pad)
+    generation = await engine.generate(prompt, Sampling(max_tokens=16), pictures)
+    reference = parity.load_reference(checkpoint_dir)
+    with torch.no_grad():
+        features = our_model.encode_media(media.MediaBatch.of(items))
+        theirs = parity._reference_features(reference, items)
+    assert (features - theirs).abs().max() <= 1e-4 * theirs.abs().max()
+    case = parity.Case((*parts[:-1], [*parts[-1], *generation.token_ids]))
+    sampled = torch.tensor(generation.token_ids)[:, None]
+    for logits in (parity.our_logits(our_model, case), parity.reference_logits(reference, case)):
+        logprobs = logits[len(prompt) - 1 : -1].log_softmax(-1).gather(1, sampled).squeeze(1)
+        assert_same_logprobs(generation, logprobs.numpy())
+
+
+async def test_a_clip_is_refused_in_one_sentence_for_sglang_takes_pictures_only(engine, tokenizer):
+    special = tokenizer.special
+    prompt = (5, special.media_begin, special.media_pad, special.media_end, 6)
+    clip = Image(b"\x00\x00\x00\x18ftypmp42", "video/mp4", name="clip.mp4")
+    with pytest.raises(ConfigError, match=r"clip\.mp4 is no picture"):
+        await engine.generate(prompt, Sampling(max_tokens=2), [clip])
+
+
 async def test_a_stream_brings_the_tokens_one_by_one_and_the_same_as_at_once(engine):
     prompt, sampling = random_ids(60, seed=12), Sampling(temperature=0, max_tokens=12)
     at_once = await engine.generate(prompt, sampling)
