@@ -32,6 +32,8 @@ async def run(job: dict[str, Any]) -> dict[str, float]:
             return_logprob=job["logprobs"],
             logprob_start_len=-1,
             top_logprobs_num=0,
+            temperature=0.0,
+            top_p=1.0,
             disable_ignore_eos=True,
             disable_stream=False,
             return_routed_experts=False,

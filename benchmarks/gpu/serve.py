@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -34,6 +35,7 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "gpu")]
 import sglang_server  # noqa: E402 - benchmarks/sglang_server.py
 from report import report  # noqa: E402 - benchmarks/report.py
 from server import (  # noqa: E402
+    CPU_ENVIRONMENT,
     Server,
     python_of_server,
     true_shapes,
@@ -147,6 +149,7 @@ async def shared_prefix(url: str, folder: Path, options: argparse.Namespace) -> 
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
+        env=os.environ | (CPU_ENVIRONMENT if options.device == "cpu" else {}),
         cwd=folder,  # not where a module of this repository could pass for SGLang's
     )
     rates: dict[str, list[float]] = {"ours": [], "bench": [], "bench_plain": []}

@@ -113,13 +113,14 @@ async def publish(
         began_s = time.perf_counter()
         await sink.update_weights(weights, 2 * repetition + 3)
         times.append(time.perf_counter() - began_s)
-    equal = compares(url) and said(url) == under_a
+    # Its comparison needs a GPU; where it tells checksums, the sink has compared those.
+    equal = said(url) == under_a and (sink.is_verified or compares(url))
     figures: dict[str, Any] = {
         "gigabytes": sum(tensor.nbytes for tensor in weights.values()) / 1e9,
         "tensors": sum(1 for _ in checkpoint_tensors(config)),
         "publish_s": statistics.median(times),
         "publish_all_s": times,
-        "verified": equal and differs,
+        "verified": bool(equal and differs),
         "checksums_compared": sink.is_verified,
         "mean_abs_dlogprob": await difference(url, folder, model),
     }
