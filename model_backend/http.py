@@ -183,6 +183,10 @@ class ServerClient:
         """
         return await self._call("POST", path, payload)
 
+    async def command(self, path: str, payload: Mapping[str, Any]) -> None:
+        """Send ``payload`` once; of the answer only the status counts. Raises as ``post``."""
+        await self._call("POST", path, payload, lambda _: None)
+
     async def stream(
         self, path: str, payload: Mapping[str, Any], tell: Callable[[Any], None]
     ) -> None:

@@ -138,6 +138,7 @@ class SglangEngine:
         self._is_closing = False
         self._servers: list[SglangServer | None] = [None] * len(urls)
         self._asking = anyio.Lock()
+        self._warned: set[str] = set()
 
     @property
     def base_urls(self) -> tuple[str, ...]:
@@ -155,8 +156,7 @@ class SglangEngine:
 
         Raises:
             ConfigError: no token ids, an id outside the vocabulary, images for a model or a server
-                without vision, a schema for a server without a grammar, or the server has another
-                tokenizer than ``model``.
+                without vision, or the server has another tokenizer than ``model``.
             ContextOverflow, ModelError: as ``ServerClient.post``, after the retries.
         """
         return await self._generate(token_ids, sampling, images, None)
@@ -307,6 +307,11 @@ class SglangEngine:
         shape, experts_from = None, sampling.experts_from or 0
         if self._model is not None or sampling.seed is not None or sampling.json_schema:
             shape = await self._fit(number, payload, sampling)
+            server = self._servers[number]
+            if server is not None and not server.has_grammar:
+                params = payload["sampling_params"]
+                params = {name: params[name] for name in params if name != "json_schema"}
+                payload = payload | {"sampling_params": params}
         if shape is not None:
             asked = {"return_routed_experts": True, "routed_experts_start_len": experts_from}
             payload = payload | asked
@@ -335,25 +340,28 @@ class SglangEngine:
         Raises:
             ConfigError: it cannot.
         """
-        is_first = self._servers[number] is None
-        if is_first:  # what was told once is kept
+        if self._servers[number] is None:
             async with self._asking:
-                if self._servers[number] is None:
+                if self._servers[number] is None:  # another call may have asked meanwhile
                     self._servers[number] = await self._ask_server(number)
-                else:
-                    is_first = False
         server, url = self._servers[number], self._clients[number].base_url
         assert server is not None
         if "image_data" in payload and not server.has_vision:
             raise ConfigError(f"{url} serves a model without vision; send it no images")
         if sampling.json_schema and not server.has_grammar:
-            raise ConfigError(f"{url} has no grammar; start it with --grammar-backend xgrammar")
-        if sampling.seed is not None and is_first and not server.honours_seeds:
-            _log.warning(
-                "%s ignores seeds; start it with --enable-deterministic-inference to have them", url
+            self._warn(f"{url} has no grammar and reads over JSON schemas; start it with one")
+        if sampling.seed is not None and not server.honours_seeds:
+            self._warn(
+                f"{url} ignores seeds; start it with --enable-deterministic-inference to have them"
             )
         wants = self._model is not None and sampling.experts_from is not None
         return self._model.experts if self._model and wants and server.records_experts else None
+
+    def _warn(self, sentence: str) -> None:
+        """Log a warning, the first time that it is due."""
+        if sentence not in self._warned:
+            self._warned.add(sentence)
+            _log.warning(sentence)
 
     async def _post(
         self, number: int, payload: dict[str, Any], tell: Callable[[Piece], None] | None
@@ -462,6 +470,7 @@ def open_sglang(
             num_image_tokens=_num_image_tokens if sees_images else None,
         ),
         context_tokens=context_tokens,
+        has_grammar=True,  # where a server has none, it warns
     )
 
 

@@ -237,23 +237,15 @@ class SglangWeights:
         )
         async with self._lock:
             await self._pause()
-            await self._all("/begin_weight_update", {}, or_missing=True)
+            await self._begin()
             content = buckets(state_dict, self._tensors, self._dtype, self._bucket_bytes)
-            bucket = next(content)
-            while True:
-                following = next(content, None)
-                how: dict[str, Any] = {"flush_cache": False}
-                if following is None:
-                    how["flush_cache"] = self._in_flight != "keep"
-                    how["weight_version"] = str(weight_version)
-                await self._send(bucket, how)
-                if following is None:
-                    break
-                bucket = following
+            for bucket, is_last in _marking_the_last(content):
+                how = {"weight_version": str(weight_version)} if is_last else {}
+                await self._send(bucket, {"flush_cache": False, **how})
+                if bucket.content.is_cuda:  # the servers have closed the memory of those before
+                    torch.cuda.ipc_collect()  # type: ignore[no-untyped-call]
             await self._all("/end_weight_update", {}, or_missing=True)
-            if bucket.content.is_cuda:
-                del bucket, following
-                torch.cuda.ipc_collect()  # type: ignore[no-untyped-call]  # the servers have closed the buckets' memory
+            await self._flush()
             await self._verify(state_dict)
             self._version = weight_version
             await self._continue()
@@ -276,9 +268,10 @@ class SglangWeights:
                 {
                     "model_path": str(directory),
                     "weight_version": str(weight_version),
-                    "flush_cache": self._in_flight != "keep",
+                    "flush_cache": False,
                 },
             )
+            await self._flush()
             self._version, self.is_verified = weight_version, False
             await self._continue()
 
@@ -310,10 +303,12 @@ class SglangWeights:
         update, which lets requests go on.
 
         Raises:
-            ModelError: a server failed.
+            ModelError: a server holds requests (with ``in_flight="abort"`` it never does), or
+                failed.
         """
         async with self._lock:
             await self._pause()
+            await self._each(self._check_idle)
             await self._all("/release_memory_occupation", {})
 
     async def resume_memory(self) -> None:
@@ -373,6 +368,16 @@ class SglangWeights:
             await client.aclose()
 
     # -- steps -----------------------------------------------------------------------------------
+
+    async def _begin(self) -> None:
+        """Open a session, where the server has them; one that a broken update left is closed."""
+        try:
+            await self._all("/begin_weight_update", {}, or_missing=True)
+        except ModelError as error:
+            if "already open" not in str(error):
+                raise
+            await self._all("/end_weight_update", {})
+            await self._all("/begin_weight_update", {})
 
     async def _send(self, bucket: Bucket, how: dict[str, Any]) -> None:
         if self._way == "tensor":
@@ -448,6 +453,33 @@ class SglangWeights:
                 unlike.append(name)
         return unlike
 
+    async def _flush(self) -> None:
+        """Forget the keys of the old weights, unless requests are to keep them.
+
+        By a call of its own: SGLang 0.5.11 ends if it cannot flush within an update.
+        """
+
+        async def flush(client: ServerClient) -> None:
+            try:
+                await client.command("/flush_cache", {})
+            except ModelError as error:
+                raise ModelError(
+                    f"{client.base_url} has the new weights and keeps keys of the old, for "
+                    "requests wait and this SGLang cannot flush then; it is paused: publish with "
+                    'in_flight="abort"'
+                ) from error
+
+        if self._in_flight != "keep":
+            await self._each(flush)
+
+    async def _check_idle(self, client: ServerClient) -> None:
+        loads = (await client.get("/v1/loads"))["loads"]
+        num = sum(load["num_running_reqs"] + load["num_waiting_reqs"] for load in loads)
+        if num:
+            await client.post("/continue_generation", {})
+            self._is_paused = False
+            raise ModelError(f"{client.base_url} holds {num} requests; wait for them or abort them")
+
     async def _pause(self) -> None:
         if not self._is_paused:
             await self._all("/pause_generation", {"mode": _PAUSE_MODE[self._in_flight]})
@@ -495,6 +527,16 @@ class SglangWeights:
                 ) from error
             self._known[client] = facts
         return facts
+
+
+def _marking_the_last(content: Iterator[Bucket]) -> Iterator[tuple[Bucket, bool]]:
+    held: Bucket | None = None
+    for bucket in content:
+        if held is not None:
+            yield held, False
+        held = bucket
+    if held is not None:
+        yield held, True
 
 
 def checksum(tensor: Tensor) -> str:

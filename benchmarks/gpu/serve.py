@@ -36,6 +36,7 @@ import sglang_server  # noqa: E402 - benchmarks/sglang_server.py
 from report import report  # noqa: E402 - benchmarks/report.py
 from server import (  # noqa: E402
     CPU_ENVIRONMENT,
+    RandomWeights,
     Server,
     python_of_server,
     true_shapes,
@@ -46,6 +47,7 @@ from server import (  # noqa: E402
 from swarm_sdk.config import nano_directory  # noqa: E402
 from swarm_sdk.desk import atlas_corpus  # noqa: E402
 from swarm_sdk.model_backend.sglang_client import SglangEngine, open_sglang  # noqa: E402
+from swarm_sdk.model_backend.sglang_weights import SglangWeights  # noqa: E402
 from swarm_sdk.model_backend.weights import checkpoint  # noqa: E402
 from swarm_sdk.tools.search import OpenTool, SearchTool  # noqa: E402
 from swarm_sdk.types import Sampling  # noqa: E402
@@ -96,7 +98,8 @@ async def measure(
     if name == "nano":
         write_nano(folder)
     else:
-        write_config(folder, true_shapes(num_layers=2))
+        config = true_shapes(num_layers=2)
+        write_config(folder, config)
         flags += ["--load-format", "dummy"]
     if options.device == "cuda":
         flags += ["--mem-fraction-static", "0.75", "--cuda-graph-bs", "1", "8", "32", "64", "128"]
@@ -105,6 +108,11 @@ async def measure(
     server = Server(folder, logs / f"{name}.log", device=options.device, flags=flags)
     async with _entered(server):
         figures: dict[str, Any] = {"ready_s": server.ready_s}
+        if name != "nano":  # dummies would send every token to the same experts
+            weights = RandomWeights(config, options.device)
+            sink = SglangWeights(server.url, config, parameters=list(weights))
+            await sink.update_weights(weights, 1)
+            await sink.aclose()
         figures |= await shared_prefix(server.url, folder, options)
         if name == "nano":
             model = checkpoint.load(nano_directory())

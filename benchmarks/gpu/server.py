@@ -19,6 +19,8 @@ import sys
 import time
 import urllib.error
 import urllib.request
+import zlib
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -78,28 +80,57 @@ def middle() -> KimiConfig:
     )
 
 
+class RandomWeights(Mapping[str, torch.Tensor]):
+    """The state of a random bfloat16 model, drawn parameter by parameter as it is asked for.
+
+    Each matrix keeps the size of what passes through it. Only the last one drawn is kept, so that
+    a model can be published to a server that leaves no room for a second copy of it.
+    """
+
+    def __init__(self, config: KimiConfig, device: str) -> None:
+        with torch.device("meta"):
+            self._shapes = {name: one.shape for name, one in KimiModel(config).state_dict().items()}
+        self._device = device
+        self._last: tuple[str, torch.Tensor] | None = None
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if self._last is None or self._last[0] != name:
+            self._last = None  # frees it first
+            self._last = (name, self._draw(name, self._shapes[name]))
+        return self._last[1]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+    def _draw(self, name: str, shape: torch.Size) -> torch.Tensor:
+        generator = torch.Generator(device=self._device).manual_seed(zlib.crc32(name.encode()))
+        if name.endswith("e_score_correction_bias"):
+            bias = torch.empty(shape, dtype=torch.float32, device=self._device)
+            return bias.normal_(0.0, 0.01, generator=generator)
+        tensor = torch.empty(shape, dtype=torch.bfloat16, device=self._device)
+        if len(shape) == 1:
+            return tensor.fill_(0.0 if name.endswith("bias") else 1.0)
+        is_stack = "experts" in name and len(shape) == 3
+        fan_in = shape[-1] if is_stack else shape[1:].numel()
+        scale = 1.0 if "embed_tokens" in name else fan_in**-0.5
+        return tensor.normal_(0.0, scale, generator=generator)
+
+
 def random_model(config: KimiConfig, device: str) -> KimiModel:
-    """Random bfloat16 weights, each matrix keeping the size of what passes through it."""
+    """The model with ``RandomWeights``."""
     default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)  # twice the memory, for a while, if cast afterwards
+    torch.set_default_dtype(torch.bfloat16)  # cast afterwards, it would need twice the memory
     try:
         with torch.device(device):
             model = KimiModel(config)
     finally:
         torch.set_default_dtype(default)
-    generator = torch.Generator(device=device).manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 1:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-                continue
-            fan_in = 1 if "embed_tokens" in name else parameter[0].numel()
-            if "experts" in name and parameter.ndim == 3:
-                fan_in = parameter.shape[-1]
-            parameter.normal_(0.0, fan_in**-0.5, generator=generator)
-        for name, buffer in model.named_buffers():
-            if name.endswith("e_score_correction_bias"):
-                buffer.normal_(0.0, 0.01, generator=generator)
+    weights = RandomWeights(config, device)
+    for name, tensor in model.state_dict().items():
+        tensor.copy_(weights[name])
     return model.eval()
 
 

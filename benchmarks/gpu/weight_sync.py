@@ -46,8 +46,8 @@ from swarm_sdk.types import Sampling  # noqa: E402
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    parser.add_argument("--layers", type=int, default=3, help="the first is dense")
-    parser.add_argument("--experts", type=int, default=96, help="of a layer; 3 x 96 are 18 GB")
+    parser.add_argument("--layers", type=int, default=7, help="the first is dense")
+    parser.add_argument("--experts", type=int, default=32, help="of a layer; 7 x 32 are 20 GB")
     parser.add_argument("--bucket-gib", type=float, default=1.0)
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--two-gpus", action="store_true", help="server on the second, by NCCL")

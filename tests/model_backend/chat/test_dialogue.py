@@ -256,3 +256,28 @@ def test_a_dialogue_asks_for_the_experts_that_no_turn_has_told_yet(tokenizer):
     turns.append(sample(dialogue))
     assert [sampling.experts_from for _, sampling, _ in engine.calls] == [0, covered]
     assert sum(len(turn.generation.routed_experts) for turn in turns) == len(dialogue.ids) - 1
+
+
+def test_a_turn_that_a_grammar_holds_to_json_has_no_reasoning_and_can_be_resumed(tokenizer):
+    chat = ChatFormat(tokenizer)
+    said = [*tokenizer.encode('{"a": 1}'), chat.end_of_turn_id]
+    model = replace(model_of(chat, [said, said]), has_grammar=True)
+    dialogue = model.dialogue([])
+    dialogue.observe([Message("user", "JSON, please")])
+    turn = sample(dialogue, json_schema="{}")
+    assert (turn.message.content, turn.message.reasoning) == ('{"a": 1}', "")
+    assert turn.prompt_ids[-1] == tokenizer.special.think_end
+    assert model.engine.calls[0][1].json_schema == "{}"
+    resumed = model.dialogue([])
+    resumed.observe([Message("user", "JSON, please")])
+    resumed.replay(turn)
+    assert resumed.ids == dialogue.ids
+
+
+def test_an_engine_without_a_grammar_gets_no_schema_and_reasons_as_ever(tokenizer):
+    model = model_of(ChatFormat(tokenizer), [[5]])
+    dialogue = model.dialogue([])
+    dialogue.observe([Message("user", "JSON, please")])
+    turn = sample(dialogue, json_schema="{}")
+    assert model.engine.calls[0][1].json_schema == ""
+    assert turn.prompt_ids[-1] == tokenizer.special.think_begin

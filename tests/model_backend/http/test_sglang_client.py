@@ -265,11 +265,9 @@ async def test_another_tokenizer_behind_the_address_is_refused_before_any_id_is_
 @pytest.mark.anyio
 async def test_what_a_server_cannot_do_is_said_in_one_sentence_before_any_id_is_sent(wire):
     async with wire.serving(wire.replies(answer())) as server:
-        server.be(**serves(has_image_understanding=False, grammar_backend="none"))
+        server.be(**serves(has_image_understanding=False))
         with pytest.raises(ConfigError, match="without vision"):
             await generate(server, images=(Image(b"x"),), model=NANO)
-        with pytest.raises(ConfigError, match="--grammar-backend"):
-            await generate(server, sampling=Sampling(json_schema="{}"), model=NANO)
         with pytest.raises(ConfigError, match="the vocabulary has 4096"):
             await generate(server, (1, 4096), model=NANO)
     assert server.bodies == []
@@ -280,6 +278,19 @@ async def test_a_schema_goes_to_the_grammar(wire):
     async with wire.serving(wire.replies(answer())) as server:
         await generate(server, sampling=Sampling(json_schema='{"type": "null"}'), model=NANO)
     assert server.bodies[0]["sampling_params"]["json_schema"] == '{"type": "null"}'
+
+
+@pytest.mark.anyio
+async def test_a_server_without_a_grammar_gets_no_schema_and_is_warned_of_once(wire, caplog):
+    async with wire.serving(wire.replies(answer())) as server:
+        server.be(**serves(grammar_backend="none"))
+        engine = SglangEngine(server.base_url, model=NANO)
+        for _ in range(2):
+            await engine.generate((1,), Sampling(json_schema="{}"))
+        await engine.aclose()
+    assert not any("json_schema" in body["sampling_params"] for body in server.bodies)
+    assert len(caplog.records) == 1
+    assert "has no grammar" in caplog.text
 
 
 def packed(positions):

@@ -41,6 +41,10 @@ class Receiver:
 
     has_sessions: bool = True
     has_checksums: bool = True
+    can_flush: bool = True
+    is_open: bool = False
+    """Whether a session is, left by a trainer that died."""
+    num_waiting: int = 0
     spoils: str = ""
     """The path that fails."""
     base_url: str = ""
@@ -56,8 +60,16 @@ class Receiver:
         self.bodies.append(body)
         if path == self.spoils:
             return web.json_response({"success": False, "message": "no memory"}, status=400)
-        if path in ("begin_weight_update", "end_weight_update") and not self.has_sessions:
-            return web.json_response({"detail": "Not Found"}, status=404)
+        if path in ("begin_weight_update", "end_weight_update"):
+            if not self.has_sessions:
+                return web.json_response({"detail": "Not Found"}, status=404)
+            is_begin = path == "begin_weight_update"
+            if self.is_open and is_begin:
+                told = {"success": False, "message": "a session is already open"}
+                return web.json_response(told, status=400)
+            self.is_open = is_begin
+        if path == "flush_cache":
+            return web.Response(text="Cache flushed.", status=200 if self.can_flush else 400)
         if path == "weights_checker":
             if not self.has_checksums:
                 return web.json_response({"success": False, "message": "Unsupported"}, status=400)
@@ -73,6 +85,9 @@ class Receiver:
         return web.json_response({"success": True, "message": ""})
 
     async def tell(self, request: web.Request) -> web.Response:
+        if request.path == "/v1/loads":
+            load = {"num_running_reqs": 0, "num_waiting_reqs": self.num_waiting}
+            return web.json_response({"loads": [load]})
         return web.json_response({"tp_size": 1, "dtype": "auto"})
 
 
@@ -82,6 +97,7 @@ async def receiving(**how):
     app = web.Application(client_max_size=2**28)
     app.router.add_post("/{path:.*}", receiver.take)
     app.router.add_get("/server_info", receiver.tell)
+    app.router.add_get("/v1/loads", receiver.tell)
     runner = web.AppRunner(app, shutdown_timeout=0.1)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -137,12 +153,13 @@ async def test_an_update_pauses_sends_all_verifies_and_goes_on(model, weights):
         "begin_weight_update",
         *["update_weights_from_tensor"] * updates,
         "end_weight_update",
+        "flush_cache",
         "weights_checker",
         "continue_generation",
     ]
     sent = [body for body in receiver.bodies if "load_format" in body]
     assert [body.get("weight_version") for body in sent] == [None] * (updates - 1) + ["4"]
-    assert [body["flush_cache"] for body in sent] == [False] * (updates - 1) + [True]
+    assert not any(body["flush_cache"] for body in sent)
     names = {t.name for t in checkpoint_tensors(model.config) if not t.is_float32}
     assert receiver.tensors.keys() == names
 
@@ -161,7 +178,7 @@ async def test_requests_in_flight_are_retracted_kept_or_ended(
         await sink.update_weights(weights, 1)
         await sink.aclose()
     assert receiver.bodies[0]["mode"] == mode
-    assert receiver.bodies[2]["flush_cache"] is flushes
+    assert ("flush_cache" in receiver.paths) is flushes
 
 
 @pytest.mark.anyio
@@ -175,6 +192,37 @@ async def test_a_server_without_sessions_and_checksums_is_served_and_not_called_
     assert sink.is_verified is False
     assert "not verified" in caplog.text
     assert receiver.paths[-1] == "continue_generation"
+
+
+@pytest.mark.anyio
+async def test_a_server_that_cannot_flush_stays_paused_and_says_what_to_do(model, weights):
+    async with receiving(has_sessions=False, can_flush=False) as receiver:
+        sink = SglangWeights(receiver.base_url, model.config)
+        with pytest.raises(ModelError, match='in_flight="abort"'):
+            await sink.update_weights(weights, 1)
+        await sink.aclose()
+    assert "continue_generation" not in receiver.paths
+
+
+@pytest.mark.anyio
+async def test_memory_is_given_back_only_by_a_server_without_requests(model, weights):
+    async with receiving(num_waiting=2) as receiver:
+        expects(receiver, weights)
+        sink = SglangWeights(receiver.base_url, model.config)
+        with pytest.raises(ModelError, match="holds 2 requests"):
+            await sink.release_memory()
+        assert receiver.paths == ["pause_generation", "continue_generation"]
+        receiver.num_waiting = 0
+        await sink.release_memory()
+        await sink.resume_memory()
+        await sink.update_weights(weights, 1)
+        await sink.aclose()
+    assert receiver.paths[2:5] == [
+        "pause_generation",
+        "release_memory_occupation",
+        "resume_memory_occupation",
+    ]
+    assert receiver.paths.count("pause_generation") == 2
 
 
 @pytest.mark.anyio
@@ -227,6 +275,21 @@ async def test_a_server_that_may_hold_a_mixture_stays_paused_until_an_update_suc
         await sink.aclose()
     assert receiver.paths.count("pause_generation") == 1
     assert receiver.paths[-1] == "continue_generation"
+
+
+@pytest.mark.anyio
+async def test_a_session_that_a_dead_trainer_left_open_is_closed_first(model, weights):
+    async with receiving(is_open=True) as receiver:
+        expects(receiver, weights)
+        sink = SglangWeights(receiver.base_url, model.config)
+        await sink.update_weights(weights, 1)
+        await sink.aclose()
+    assert receiver.paths[1:4] == [
+        "begin_weight_update",
+        "end_weight_update",
+        "begin_weight_update",
+    ]
+    assert not receiver.is_open
 
 
 @pytest.mark.anyio
