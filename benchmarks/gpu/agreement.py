@@ -28,7 +28,7 @@ import anyio
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "gpu")]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "gpu")]
 
 from report import report  # noqa: E402 - benchmarks/report.py
 from server import Server, middle, write_checkpoint, write_nano  # noqa: E402

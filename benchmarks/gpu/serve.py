@@ -30,7 +30,7 @@ from typing import Any
 import anyio
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "gpu")]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "gpu")]
 
 import sglang_server  # noqa: E402 - benchmarks/sglang_server.py
 from report import report  # noqa: E402 - benchmarks/report.py

@@ -30,7 +30,7 @@ import anyio
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "gpu")]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "gpu")]
 
 from report import report  # noqa: E402 - benchmarks/report.py
 from server import Server, middle, post, random_model, true_shapes, write_config  # noqa: E402
