@@ -49,12 +49,12 @@ def report(
 
 
 def commit() -> str:
-    """Hash of HEAD, with "-dirty" where the working tree differs; "unknown" without git."""
+    """Hash of HEAD, with "-dirty" where the working tree differs; without git SWARM_COMMIT."""
     try:
         head = _git("rev-parse", "HEAD")
         return f"{head}-dirty" if _git("status", "--porcelain") else head
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("SWARM_COMMIT", "unknown")
 
 
 def machine() -> dict[str, Any]:

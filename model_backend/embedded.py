@@ -24,10 +24,12 @@ def open_embedded(
     dtype: torch.dtype = torch.float32,
     max_running: int = 64,
     name: str | None = None,
+    is_frozen: bool = False,
 ) -> TokenModel:
     """Load a checkpoint and its tokenizer and start an engine on them.
 
-    Records call the model ``name``, or the directory's.
+    Records call the model ``name``, or the directory's. An engine that ``is_frozen`` refuses new
+    weights.
 
     Raises:
         ConfigError: a file is missing or broken, or weights and tokenizer do not fit together.
@@ -44,7 +46,12 @@ def open_embedded(
         )
     return TokenModel(
         name=name or directory.name,
-        engine=EmbeddedEngine(model, max_running=max_running, prefill_chunk_tokens=CHUNK_TOKENS),
+        engine=EmbeddedEngine(
+            model,
+            max_running=max_running,
+            is_frozen=is_frozen,
+            prefill_chunk_tokens=CHUNK_TOKENS,
+        ),
         chat_format=ChatFormat(tokenizer, thinking=True),
         context_tokens=text.max_position_embeddings,
     )

@@ -183,6 +183,23 @@ class ServerClient:
         """
         return await self._call("POST", path, payload)
 
+    async def command(self, path: str, payload: Mapping[str, Any]) -> None:
+        """Send ``payload`` once; of the answer only the status counts. Raises as ``post``."""
+        await self._call("POST", path, payload, lambda _: None)
+
+    async def stream(
+        self, path: str, payload: Mapping[str, Any], tell: Callable[[Any], None]
+    ) -> None:
+        """Send ``payload`` once; ``tell`` gets each server-sent event, parsed, as it comes.
+
+        Raises:
+            ModelError, ContextOverflow: as ``post``; also where an event tells of an error, which
+                servers send under status 200 once they have begun.
+        """
+        events = _Events(self.base_url + path, tell)
+        await self._call("POST", path, payload, events.feed)
+        events.end()
+
     async def get(self, path: str) -> Any:
         """Read ``path`` once; raises as ``post``."""
         return await self._call("GET", path, None)
@@ -195,13 +212,19 @@ class ServerClient:
             pool.close()
             await asyncio.sleep(0)  # the event loop closes the sockets in its next turn
 
-    async def _call(self, method: str, path: str, payload: Mapping[str, Any] | None) -> Any:
+    async def _call(
+        self,
+        method: str,
+        path: str,
+        payload: Mapping[str, Any] | None,
+        on_body: Callable[[bytes], None] | None = None,
+    ) -> Any:
         pool, pace = self._connections()
         if method == "GET":
             return await self._send(pool, method, path, payload)
         began_s = await pace.enter()
         try:
-            answer = await self._send(pool, method, path, payload)
+            answer = await self._send(pool, method, path, payload, on_body)
         except _BusyError as error:
             if error.status in _OVERLOADED:
                 pace.overloaded(began_s, error.retry_after_s)
@@ -228,7 +251,12 @@ class ServerClient:
         return here[2], here[3]
 
     async def _send(
-        self, pool: Pool, method: str, path: str, payload: Mapping[str, Any] | None
+        self,
+        pool: Pool,
+        method: str,
+        path: str,
+        payload: Mapping[str, Any] | None,
+        on_body: Callable[[bytes], None] | None = None,
     ) -> Any:
         url = self.base_url + path
         body = b"" if payload is None else to_json(payload)
@@ -236,7 +264,7 @@ class ServerClient:
         content = b"%b%d\r\n\r\n%b" % (head, len(body), body)
         try:
             async with asyncio.timeout(self._timeout_s):
-                response = await pool.request(content)
+                response = await pool.request(content, on_body)
         except CannotConnect as error:
             raise _connect_error(self.base_url, error) from error
         except TimeoutError as error:
@@ -265,6 +293,54 @@ class ServerClient:
         head = f"{method} {target} HTTP/1.1\r\nHost: {host}\r\n{self._headers}Content-Length: "
         self._heads[method + url] = encoded = head.encode("latin-1")
         return encoded
+
+
+class _Events:
+    """Cuts a body into server-sent events; only their ``data`` lines count."""
+
+    def __init__(self, url: str, tell: Callable[[Any], None]) -> None:
+        self._url, self._tell = url, tell
+        self._open = b""
+        """A line that has not come to its end."""
+        self._failure: Exception | None = None
+        self._is_done = False
+
+    def feed(self, body: bytes) -> None:
+        """Take a part of the body."""
+        *lines, self._open = (self._open + body).split(b"\n")
+        for line in lines:
+            if not line.startswith(b"data:") or self._failure is not None:
+                continue
+            data = line[5:].strip()
+            if data == b"[DONE]":
+                self._is_done = True
+                continue
+            try:
+                event = from_json(data)
+            except ValueError:
+                self._failure = ModelError(f"{self._url} sent an event that is not JSON")
+                continue
+            if isinstance(event, dict) and "error" in event:
+                self._failure = _event_error(self._url, data.decode("utf-8", errors="replace"))
+                continue
+            try:
+                self._tell(event)
+            except Exception as error:  # noqa: BLE001 - the boundary: the caller's code; see end()
+                self._failure = error
+
+    def end(self) -> None:
+        """Raise what an event told of, or ``tell`` raised; or that the last one did not come."""
+        if self._failure is not None:
+            raise self._failure
+        if not self._is_done:
+            raise ModelError(f"the stream of {self._url} broke before its end", retryable=True)
+
+
+def _event_error(url: str, text: str) -> ModelError:
+    """Build the error that an event tells of."""
+    overflow = context_overflow(text)
+    message, _ = _message_and_code(text)
+    return overflow or ModelError(f"{url} answered with an error: {message}")
 
 
 def _connect_error(base_url: str, error: CannotConnect) -> ModelError:

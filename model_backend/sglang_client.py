@@ -1,91 +1,153 @@
-"""An engine behind a SGLang server: its native ``/generate``, token ids in, token ids out.
+"""An engine behind SGLang servers: their native ``/generate``, token ids in, token ids out.
 
-    generate(ids, sampling) ──> POST /generate {rid, input_ids, sampling_params, return_logprob}
+    generate(ids, sampling) ──> Router ──> POST /generate {rid, input_ids, sampling_params, …}
                             <── meta_info.output_token_logprobs: (log-probability, id, _) per token
+    stream(…, tell)         <── the same, in pieces
     cancelled               ──> POST /abort_request {rid}, and the connection closes
+
+    before the first call of a server    its tokenizer is compared with ours, then never again
+    no answer, or cut off                the next server, at once; its dialogues stay there
+    429, 503 …                           the same server again, later (``Retry``, ``Pace``)
 
 What the log-probabilities are (SGLang 0.5.11 and 0.5.23, ``layers/sampler.py``):
 log softmax(logits / T) of the sampled id *before* top-p cuts the tail; at temperature 0
 log softmax(logits). With ``top_p`` = 1 that is the distribution which was drawn from; with
-``top_p`` < 1 it is not renormalised, so train with ``top_p`` = 1. A server started with
-SGLANG_RETURN_ORIGINAL_LOGPROB=1 leaves the temperature out: do not set it.
+``top_p`` < 1 it is not renormalised, so train with ``top_p`` = 1. Under a JSON schema it is that of
+the ids which the schema allowed. A server started with SGLANG_RETURN_ORIGINAL_LOGPROB=1 leaves the
+temperature out: do not set it.
 
 Seeds count only on a server that was started with ``--enable-deterministic-inference``, which needs
-a GPU; elsewhere SGLang ignores them, and a warning in the log says so once.
+a GPU; elsewhere SGLang ignores them, and a warning in the log says so once. Experts are recorded by
+a server that was started with ``--enable-return-routed-experts``.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import secrets
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import anyio
 
 from swarm_sdk.errors import ConfigError, ModelError
+from swarm_sdk.model_backend.chat.dialogue import TokenModel
+from swarm_sdk.model_backend.chat.template import ChatFormat
+from swarm_sdk.model_backend.chat.tokenizer import Tokenizer
 from swarm_sdk.model_backend.http import Retry, ServerClient, data_url
-from swarm_sdk.types import FinishReason, Generation
+from swarm_sdk.model_backend.model.config_json import read_json, section
+from swarm_sdk.model_backend.routing import Router
+from swarm_sdk.model_backend.sglang_wire import (
+    ExpertsShape,
+    Piece,
+    generation_of,
+    joined,
+    piece_of,
+    spans_of,
+    version_of,
+)
+from swarm_sdk.types import Generation
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from swarm_sdk.types import Image, Sampling
 
 _log = logging.getLogger(__name__)
 
 _ABORT_WITHIN_S: Final = 5.0
-_FINISH_REASONS: Final[dict[str, FinishReason]] = {
-    "stop": "stop",
-    "length": "length",
-    "abort": "abort",
-}
+_HEALTHY_WITHIN_S: Final = 5.0
+_NUM_PROBED: Final = 4096
+"""Tokens of the vocabulary that are compared with the server's: all of a small one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SglangServer:
     """What a SGLang server tells of itself."""
 
+    version: str
     model_path: str
     tokenizer_path: str
     context_tokens: int
     """Prompt and answer together."""
     weight_version: int
     honours_seeds: bool
+    has_vision: bool
+    has_grammar: bool
+    """Whether it can hold a turn to a JSON schema."""
+    records_experts: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """What the client must know of the model behind a server: ``SglangEngine`` checks it."""
+
+    tokenizer: Tokenizer
+    experts: ExpertsShape | None = None
+    """Set to have routed experts recorded."""
+
+    def probe(self) -> tuple[list[int], str]:
+        """Ids to be spelled by the server, and the hash that it must come to (:func:`spelled`)."""
+        total = self.tokenizer.num_tokens
+        ids = list(range(0, total, max(1, total // _NUM_PROBED)))
+        return ids, spelled([self.tokenizer.decode([token_id]) for token_id in ids])
+
+
+def spelled(texts: Sequence[str]) -> str:
+    """SHA-256 of tokens' texts: two tokenizers that agree on it share a vocabulary."""
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()
 
 
 class SglangEngine:
-    """``Engine`` over SGLang's native API."""
+    """``Engine`` over the native API of one SGLang server, or of several with the same weights."""
 
     def __init__(
         self,
-        base_url: str,
+        base_urls: str | Sequence[str],
         *,
+        model: ServedModel | None = None,
         api_key: str | None = None,
-        media_pad_id: int | None = None,
         retry: Retry | None = None,
         timeout_s: float = 600.0,
         max_connections: int = 0,
     ) -> None:
         """Check the settings; connects to nothing.
 
-        ``media_pad_id`` is the placeholder of a picture's tokens: SGLang wants one a picture and
-        expands it by itself, so runs of it are sent as one. ``None`` for models without pictures.
-        ``timeout_s`` bounds one request; ``max_connections`` = 0 sets no bound.
+        Without ``model`` nothing is known of the server's: its tokenizer is not compared, pictures
+        cannot be sent and experts are not read. ``timeout_s`` bounds one request;
+        ``max_connections`` of each server, 0 sets no bound.
 
         Raises:
-            ConfigError: ``base_url`` is no http(s) address, or a number is out of range.
+            ConfigError: an address is no http(s) address, or a number is out of range.
         """
-        self._client = ServerClient(
-            base_url, api_key=api_key, timeout_s=timeout_s, max_connections=max_connections
-        )
-        self._media_pad_id = media_pad_id
+        urls = [base_urls] if isinstance(base_urls, str) else list(base_urls)
+        if not urls or len(set(urls)) < len(urls):
+            raise ConfigError("give SglangEngine one address or several, each once")
+        self._clients = [
+            ServerClient(url, api_key=api_key, timeout_s=timeout_s, max_connections=max_connections)
+            for url in urls
+        ]
+        self._model = model
         self._retry = Retry() if retry is None else retry
-        self._running: dict[str, anyio.Event] = {}
-        """Requests by id; each event is set when its request ends."""
+        self._router = Router(len(urls))
+        self._running: dict[str, tuple[int, anyio.Event]] = {}
+        """Requests by id: at which server, and an event that is set when the request ends."""
         self._is_closing = False
-        self._server: SglangServer | None = None
+        self._servers: list[SglangServer | None] = [None] * len(urls)
+        self._asking = anyio.Lock()
+        self._warned: set[str] = set()
+
+    @property
+    def base_urls(self) -> tuple[str, ...]:
+        """The servers' addresses."""
+        return tuple(client.base_url for client in self._clients)
+
+    def num_running(self, number: int = 0) -> int:
+        """Calls that a server is answering now."""
+        return sum(at == number for at, _ in self._running.values())
 
     async def generate(
         self, token_ids: Sequence[int], sampling: Sampling, images: Sequence[Image] = ()
@@ -93,102 +155,270 @@ class SglangEngine:
         """Continue ``token_ids``; see ``Engine.generate``. The stop token is among the ids.
 
         Raises:
-            ConfigError: no token ids, or images for an engine without ``media_pad_id``.
+            ConfigError: no token ids, an id outside the vocabulary, images for a model or a server
+                without vision, or the server has another tokenizer than ``model``.
             ContextOverflow, ModelError: as ``ServerClient.post``, after the retries.
         """
-        if not token_ids:
-            raise ConfigError("there is nothing to continue: token_ids is empty")
-        if images and self._media_pad_id is None:
-            raise ConfigError("give SglangEngine the media_pad_id of its model to send it images")
-        if sampling.seed is not None:
-            await self._warn_if_seeds_are_ignored()
-        payload: dict[str, Any] = {
-            "input_ids": self._with_one_pad_an_image(token_ids),
-            "sampling_params": {
-                "temperature": sampling.temperature,
-                "top_p": sampling.top_p,
-                "max_new_tokens": sampling.max_tokens,
-                "stop_token_ids": list(sampling.stop_token_ids),
-                # A deterministic server takes one fixed seed for all requests that name none.
-                "sampling_seed": secrets.randbits(31) if sampling.seed is None else sampling.seed,
-            },
-            "return_logprob": True,
-        }
-        if images:
-            payload["image_data"] = [data_url(image) for image in images]
-        try:
-            answer = await self._retry.run(lambda: self._post(payload))
-        except ModelError:
-            if self._is_closing:
-                return Generation(token_ids=(), logprobs=(), finish_reason="abort")
-            raise
-        return generation_of(answer)
+        return await self._generate(token_ids, sampling, images, None)
 
-    async def server(self) -> SglangServer:
-        """Ask the server what it serves; asked once.
+    async def stream(
+        self,
+        token_ids: Sequence[int],
+        sampling: Sampling,
+        tell: Callable[[Piece], None],
+        images: Sequence[Image] = (),
+    ) -> Generation:
+        """As ``generate``, and ``tell`` gets the tokens as they come.
+
+        Costs the server and the client more than ``generate`` does. What ``tell`` raises ends the
+        call. The versions in ``Generation.version_spans`` are known from any server here.
+        """
+        return await self._generate(token_ids, sampling, images, tell)
+
+    async def server(self, number: int = 0) -> SglangServer:
+        """Ask a server what it serves, and compare its tokenizer; asked once.
 
         Raises:
+            ConfigError: its tokenizer is not that of ``model``.
             ModelError: it does not answer, or is no SGLang server.
         """
-        if self._server is None:
-            model = await self._retry.run(lambda: self._client.get("/model_info"))
-            served = await self._retry.run(lambda: self._client.get("/v1/models"))
-            settings = await self._retry.run(lambda: self._client.get("/server_info"))
+        async with self._asking:
+            told = self._servers[number]
+            if told is None:
+                told = await self._retry.run(lambda: self._ask_server(number))
+                self._servers[number] = told
+        return told
+
+    async def are_healthy(self) -> tuple[bool, ...]:
+        """Whether each server answers ``/health`` in 5 s; no retries."""
+
+        async def ask(number: int) -> None:
             try:
-                self._server = SglangServer(
-                    model_path=model["model_path"],
-                    tokenizer_path=model["tokenizer_path"],
-                    context_tokens=served["data"][0]["max_model_len"],
-                    weight_version=_version(model.get("weight_version")),
-                    honours_seeds=settings["enable_deterministic_inference"],
-                )
-            except (KeyError, IndexError, TypeError) as error:
-                raise ModelError(
-                    f"{self._client.base_url} answers, but not as a SGLang server does; "
-                    "for other servers use openai:URL#MODEL"
-                ) from error
-        return self._server
+                with anyio.fail_after(_HEALTHY_WITHIN_S):
+                    await self._clients[number].get("/health")
+            except (ModelError, TimeoutError):
+                return
+            found[number] = True
+
+        found = [False] * len(self._clients)
+        async with anyio.create_task_group() as tasks:
+            for number in range(len(self._clients)):
+                tasks.start_soon(ask, number, name=f"health of {self._clients[number].base_url}")
+        return tuple(found)
 
     async def aclose(self) -> None:
         """Abort what runs, then close the connections."""
         self._is_closing = True
         with anyio.move_on_after(_ABORT_WITHIN_S):
-            for request_id, ended in tuple(self._running.items()):
-                await self._abort(request_id)
+            for request_id, (number, ended) in tuple(self._running.items()):
+                await self._abort(number, request_id)
                 await ended.wait()
-        await self._client.aclose()
+        for client in self._clients:
+            await client.aclose()
 
-    async def _post(self, payload: dict[str, Any]) -> Any:
-        """One try, under an id of its own: an earlier try may still run on the server."""
-        request_id = uuid.uuid4().hex
-        self._running[request_id] = anyio.Event()
+    # -- one call --------------------------------------------------------------------------------
+
+    async def _generate(
+        self,
+        token_ids: Sequence[int],
+        sampling: Sampling,
+        images: Sequence[Image],
+        tell: Callable[[Piece], None] | None,
+    ) -> Generation:
+        payload = self._payload(token_ids, sampling, images)
         try:
-            return await self._client.post("/generate", {"rid": request_id, **payload})
+            return await self._retry.run(lambda: self._anywhere(payload, sampling, tell))
+        except ModelError:
+            if self._is_closing:
+                return Generation(token_ids=(), logprobs=(), finish_reason="abort")
+            raise
+
+    def _payload(
+        self, token_ids: Sequence[int], sampling: Sampling, images: Sequence[Image]
+    ) -> dict[str, Any]:
+        if not token_ids:
+            raise ConfigError("there is nothing to continue: token_ids is empty")
+        if self._model is None:
+            if images:
+                raise ConfigError("give SglangEngine the ServedModel to send it images")
+        elif not 0 <= min(token_ids) <= max(token_ids) < self._model.tokenizer.num_tokens:
+            # It would end a server that embeds on the CPU.
+            raise ConfigError(
+                f"token_ids go from {min(token_ids)} to {max(token_ids)}, and the vocabulary has "
+                f"{self._model.tokenizer.num_tokens}; use the tokenizer of the served model"
+            )
+        for image in images:
+            if not image.media_type.startswith("image/"):  # SGLang's K2.5 processor has no videos
+                raise ConfigError(
+                    f"{image.name or 'a file'} is no picture ({image.media_type}); SGLang takes "
+                    "PNG and JPEG for this model, so send the frames that matter"
+                )
+        params: dict[str, Any] = {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_new_tokens": sampling.max_tokens,
+            "stop_token_ids": list(sampling.stop_token_ids),
+            # A deterministic server takes one fixed seed for all requests that name none.
+            "sampling_seed": secrets.randbits(31) if sampling.seed is None else sampling.seed,
+        }
+        if sampling.json_schema:
+            params["json_schema"] = sampling.json_schema
+        payload: dict[str, Any] = {
+            "input_ids": self._with_one_pad_an_image(token_ids),
+            "sampling_params": params,
+            "return_logprob": True,
+        }
+        if images:
+            payload["image_data"] = [data_url(image) for image in images]
+        return payload
+
+    async def _anywhere(
+        self, payload: dict[str, Any], sampling: Sampling, tell: Callable[[Piece], None] | None
+    ) -> Generation:
+        """One try: at the key's server, and at the others where that one gives no answer."""
+        tried: frozenset[int] = frozenset()
+        failure: ModelError | None = None
+        while (number := self._router.pick(sampling.routing_key, beside=tried)) is not None:
+            try:
+                generation = await self._at(number, payload, sampling, tell)
+            except ModelError as error:
+                if not error.retryable or error.status is not None or self._is_closing:
+                    raise
+                self._router.failed(number)
+                tried, failure = tried | {number}, error
+                if len(self._clients) > 1:
+                    _log.warning("%s; its calls go on elsewhere", error)
+            else:
+                self._router.answered(number)
+                return generation
+            finally:
+                self._router.leave(number)
+        assert failure is not None
+        raise failure
+
+    async def _at(
+        self,
+        number: int,
+        payload: dict[str, Any],
+        sampling: Sampling,
+        tell: Callable[[Piece], None] | None,
+    ) -> Generation:
+        """One try at one server."""
+        shape, experts_from = None, sampling.experts_from or 0
+        if self._model is not None or sampling.seed is not None or sampling.json_schema:
+            shape = await self._fit(number, payload, sampling)
+            server = self._servers[number]
+            if server is not None and not server.has_grammar:
+                params = payload["sampling_params"]
+                params = {name: params[name] for name in params if name != "json_schema"}
+                payload = payload | {"sampling_params": params}
+        if shape is not None:
+            asked = {"return_routed_experts": True, "routed_experts_start_len": experts_from}
+            payload = payload | asked
+        pieces: list[Piece] = []
+
+        def keep(piece: Piece) -> None:
+            pieces.append(piece)
+            if tell is not None:
+                tell(piece)
+
+        answer = await self._post(number, payload, None if tell is None else keep)
+        generation = generation_of(answer, shape=shape, experts_from=experts_from)
+        if pieces and not generation.version_spans:  # SGLang 0.5.11 tells them in the pieces only
+            generation = replace(generation, version_spans=spans_of(pieces))
+        if generation.finish_reason == "abort" and not self._is_closing:
+            # Not by us: an update of the weights ends what runs, if it is told to.
+            url = self._clients[number].base_url
+            raise ModelError(f"{url} ended a request before its time", status=503, retryable=True)
+        return generation
+
+    async def _fit(
+        self, number: int, payload: dict[str, Any], sampling: Sampling
+    ) -> ExpertsShape | None:
+        """Check that the server can do what is asked of it; the shape of experts it records.
+
+        Raises:
+            ConfigError: it cannot.
+        """
+        if self._servers[number] is None:
+            async with self._asking:
+                if self._servers[number] is None:  # another call may have asked meanwhile
+                    self._servers[number] = await self._ask_server(number)
+        server, url = self._servers[number], self._clients[number].base_url
+        assert server is not None
+        if "image_data" in payload and not server.has_vision:
+            raise ConfigError(f"{url} serves a model without vision; send it no images")
+        if sampling.json_schema and not server.has_grammar:
+            self._warn(f"{url} has no grammar and reads over JSON schemas; start it with one")
+        if sampling.seed is not None and not server.honours_seeds:
+            self._warn(
+                f"{url} ignores seeds; start it with --enable-deterministic-inference to have them"
+            )
+        wants = self._model is not None and sampling.experts_from is not None
+        return self._model.experts if self._model and wants and server.records_experts else None
+
+    def _warn(self, sentence: str) -> None:
+        """Log a warning, the first time that it is due."""
+        if sentence not in self._warned:
+            self._warned.add(sentence)
+            _log.warning(sentence)
+
+    async def _post(
+        self, number: int, payload: dict[str, Any], tell: Callable[[Piece], None] | None
+    ) -> Any:
+        """One request, under an id of its own: an earlier try may still run on the server."""
+        request_id = uuid.uuid4().hex
+        self._running[request_id] = (number, anyio.Event())
+        client, body = self._clients[number], {"rid": request_id, **payload}
+        try:
+            if tell is None:
+                return await client.post("/generate", body)
+            return await _streamed(client, body, tell)
         except anyio.get_cancelled_exc_class():
             with anyio.move_on_after(_ABORT_WITHIN_S, shield=True):
-                await self._abort(request_id)
+                await self._abort(number, request_id)
             raise
         finally:
-            self._running.pop(request_id).set()
+            self._running.pop(request_id)[1].set()
 
-    async def _abort(self, request_id: str) -> None:
+    async def _abort(self, number: int, request_id: str) -> None:
         try:
-            await self._client.post("/abort_request", {"rid": request_id})
+            await self._clients[number].post("/abort_request", {"rid": request_id})
         except ModelError as error:
             # The closed connection ends the request as well, only later.
             _log.warning("could not abort request %s: %s", request_id, error)
 
-    async def _warn_if_seeds_are_ignored(self) -> None:
-        is_first = self._server is None
-        server = await self.server()
-        if is_first and not server.honours_seeds:
-            _log.warning(
-                "%s ignores seeds; start it with --enable-deterministic-inference to have them",
-                self._client.base_url,
+    async def _ask_server(self, number: int) -> SglangServer:
+        client = self._clients[number]
+        model = await client.get("/model_info")
+        served = await client.get("/v1/models")
+        settings = await client.get("/server_info")
+        try:
+            server = SglangServer(
+                version=settings["version"],
+                model_path=model["model_path"],
+                tokenizer_path=model["tokenizer_path"],
+                context_tokens=served["data"][0]["max_model_len"],
+                weight_version=version_of(model.get("weight_version")),
+                honours_seeds=settings["enable_deterministic_inference"],
+                has_vision=model["has_image_understanding"],
+                has_grammar=settings["grammar_backend"] != "none",
+                records_experts=settings["enable_return_routed_experts"],
             )
+        except (KeyError, IndexError, TypeError) as error:
+            raise ModelError(
+                f"{client.base_url} answers, but not as a SGLang server does; "
+                "for other servers use openai:URL#MODEL"
+            ) from error
+        if self._model is not None:
+            await _compare_tokenizer(client, server, self._model)
+        return server
 
     def _with_one_pad_an_image(self, token_ids: Sequence[int]) -> list[int]:
-        pad = self._media_pad_id
+        """SGLang wants one placeholder a picture and expands it by itself."""
+        pad = None if self._model is None else self._model.tokenizer.special.media_pad
+        if pad is None or pad not in token_ids:
+            return list(token_ids)
         return [
             token_id
             for index, token_id in enumerate(token_ids)
@@ -196,35 +426,95 @@ class SglangEngine:
         ]
 
 
-def generation_of(answer: Any) -> Generation:
-    """Read an answer of ``/generate``.
+def open_sglang(
+    base_urls: str | Sequence[str],
+    directory: str | Path,
+    *,
+    sees_images: bool = False,
+    records_experts: bool = True,
+    api_key: str | None = None,
+    name: str | None = None,
+) -> TokenModel:
+    """Take the model of ``directory`` (its ``config.json`` and tokenizer) as SGLang serves it.
+
+    ``sees_images`` sends pictures to it instead of telling it their names. ``records_experts``
+    keeps which experts were chosen, where the servers tell. Connects to nothing.
 
     Raises:
-        ModelError: the answer is not SGLang's, or a token in it has no log-probability.
+        ConfigError: an address is none, or a file is missing or broken.
     """
+    tokenizer = Tokenizer.from_dir(directory)
+    # Not the whole configuration: SGLang serves kinds that our own network does not (INT4).
+    text = section(read_json(Path(directory)), "text_config")
     try:
-        info = answer["meta_info"]
-        finish = info["finish_reason"]
-        pairs = [(logprob, token_id) for logprob, token_id, *_ in info["output_token_logprobs"]]
-        generation = Generation(
-            token_ids=tuple(token_id for _, token_id in pairs),
-            logprobs=tuple(logprob for logprob, _ in pairs),
-            finish_reason=_FINISH_REASONS[finish["type"]],
-            weight_version=_version(info.get("weight_version")),
-            num_prompt_tokens=info["prompt_tokens"],
-            num_cached_tokens=info["cached_tokens"],
-            num_completion_tokens=info["completion_tokens"],
+        context_tokens = int(text["max_position_embeddings"])
+        shape = ExpertsShape(
+            num_layers=int(text["num_hidden_layers"]), num_chosen=int(text["num_experts_per_tok"])
         )
-        output_ids, matched = answer["output_ids"], finish.get("matched")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ModelError(f"the SGLang server sent an answer without {error}") from error
-    if tuple(output_ids) != generation.token_ids:
-        raise ModelError("the SGLang server sent token ids and log-probabilities that differ")
-    if isinstance(matched, int) and generation.token_ids[-1:] != (matched,):
-        raise ModelError(f"the SGLang server left the stop token {matched} out of its answer")
-    return generation
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"config.json in '{directory}' is no K2.5 model's: text_config lacks {error}"
+        ) from error
+    urls = [base_urls] if isinstance(base_urls, str) else list(base_urls)
+    return TokenModel(
+        name=name or ",".join(urls),
+        engine=SglangEngine(
+            urls,
+            model=ServedModel(tokenizer, shape if records_experts else None),
+            api_key=api_key,
+        ),
+        chat_format=ChatFormat(
+            tokenizer,
+            thinking=True,
+            has_vision=sees_images,
+            num_image_tokens=_num_image_tokens if sees_images else None,
+        ),
+        context_tokens=context_tokens,
+        has_grammar=True,  # where a server has none, it warns
+    )
 
 
-def _version(told: Any) -> int:
-    """SGLang names weights by any string (``default`` at the start); ours are numbers from 0."""
-    return int(told) if isinstance(told, str) and told.isdecimal() else 0
+async def _streamed(
+    client: ServerClient, body: dict[str, Any], tell: Callable[[Piece], None]
+) -> Any:
+    """The answer of one streamed request; its pieces go to ``tell`` on the way."""
+    answers: list[Any] = []
+    num_known = 0
+
+    def take(answer: Any) -> None:
+        nonlocal num_known
+        piece = piece_of(answer, num_known)
+        answers.append(answer)
+        if piece.token_ids:
+            num_known += len(piece.token_ids)
+            tell(piece)
+
+    await client.stream("/generate", {**body, "stream": True}, take)
+    if not answers:
+        raise ModelError(f"{client.base_url} sent a stream without an answer", retryable=True)
+    return joined(answers)
+
+
+async def _compare_tokenizer(
+    client: ServerClient, server: SglangServer, model: ServedModel
+) -> None:
+    ids, ours = model.probe()
+    asked = {"tokens": [[token_id] for token_id in ids], "skip_special_tokens": False}
+    try:
+        texts = (await client.post("/v1/detokenize", asked))["text"]
+        theirs = spelled(texts)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{client.base_url} does not spell tokens as SGLang does") from error
+    if theirs != ours:
+        raise ConfigError(
+            f"{client.base_url} serves {server.model_path}, whose tokenizer is another than "
+            f"ours (hash {theirs[:12]}, ours {ours[:12]}); give the directory of that model: "
+            "sglang:URL#DIRECTORY"
+        )
+
+
+def _num_image_tokens(image: Image) -> int:
+    from swarm_sdk.model_backend.model import media  # needs numpy, which text does not
+
+    width, height = media.decode_image(image.data, image.name or "the image").size
+    return media.num_image_tokens(width, height)

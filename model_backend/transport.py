@@ -14,13 +14,15 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import httptools
 
 CONNECT_S = 10.0
 """Seconds to open a connection, TLS included."""
-SWITCHING, NO_CONTENT, NOT_MODIFIED = 101, 204, 304
+OK, SWITCHING, NO_CONTENT, NOT_MODIFIED = 200, 101, 204, 304
+OnBody = Callable[[bytes], None]
 
 
 class BrokenConnection(Exception):
@@ -51,6 +53,7 @@ class Connection(asyncio.Protocol):
         """Whether it has carried a response already."""
         self._transport: asyncio.Transport | None = None
         self._answer: asyncio.Future[Response] | None = None
+        self._on_body: OnBody | None = None
         self._begin()
 
     def _begin(self) -> None:
@@ -61,14 +64,18 @@ class Connection(asyncio.Protocol):
         self._has_head = False
         self._has_bytes = False
 
-    async def request(self, content: bytes) -> Response:
+    async def request(self, content: bytes, on_body: OnBody | None = None) -> Response:
         """Send a whole request and wait for its response.
+
+        The parts of a body whose status is 200 go to ``on_body``, if given, as they come; the
+        response's own is empty then.
 
         Raises:
             BrokenConnection: it ended first; ``args[1]`` tells whether any byte had come back.
         """
         if self._transport is None or not self.is_open:
             raise BrokenConnection("closed", False)  # noqa: FBT003 - as in _fail
+        self._on_body = on_body
         self._answer = asyncio.get_running_loop().create_future()
         self._transport.write(content)
         try:
@@ -77,7 +84,7 @@ class Connection(asyncio.Protocol):
             self.abort()  # cancelled, or broken: what would come belongs to nobody
             raise
         finally:
-            self._answer = None
+            self._answer = self._on_body = None
         self.is_used = True
         return response
 
@@ -142,8 +149,11 @@ class Connection(asyncio.Protocol):
         self._has_head = True
 
     def on_body(self, body: bytes) -> None:
-        """Keep a part of the body."""
-        self._body.append(body)
+        """Keep a part of the body, or pass it on."""
+        if self._on_body is not None and self._parser.get_status_code() == OK:
+            self._on_body(body)
+        else:
+            self._body.append(body)
 
     def on_message_complete(self) -> None:
         """Hand the response over."""
@@ -186,24 +196,24 @@ class Pool:
         self._busy: set[Connection] = set()
         self._places = asyncio.Semaphore(max_connections) if max_connections else None
 
-    async def request(self, content: bytes) -> Response:
-        """Send a whole request and wait for its response.
+    async def request(self, content: bytes, on_body: OnBody | None = None) -> Response:
+        """Send a whole request and wait for its response; ``on_body`` as ``Connection.request``.
 
         Raises:
             CannotConnect: the server does not answer at its address.
             BrokenConnection: the response did not come to its end.
         """
         if self._places is None:
-            return await self._request(content)
+            return await self._request(content, on_body)
         async with self._places:
-            return await self._request(content)
+            return await self._request(content, on_body)
 
-    async def _request(self, content: bytes) -> Response:
+    async def _request(self, content: bytes, on_body: OnBody | None) -> Response:
         while True:
             connection = self._take() or await self._connect()
             self._busy.add(connection)
             try:
-                response = await connection.request(content)
+                response = await connection.request(content, on_body)
             except BrokenConnection as error:
                 has_bytes = error.args[1]
                 if connection.is_used and not has_bytes:

@@ -232,7 +232,7 @@ class _AgentRun:
         messages = [Message("user", spec.prompt, images=pictures)]
         instructions = spec.instructions
         if spec.output is not None:
-            schema = json.dumps(spec.output.json_schema(), ensure_ascii=False)
+            schema = _schema_of(spec.output)
             instructions += (
                 f"\n\nEnd with one JSON object of this schema, and nothing else: {schema}"
             )
@@ -304,6 +304,8 @@ class _AgentRun:
                 sampling = spec.sampling
                 if reserved.max_tokens != sampling.max_tokens or seed != sampling.seed:
                     sampling = replace(sampling, max_tokens=reserved.max_tokens, seed=seed)
+                if self.num_repairs and spec.output is not None:  # nothing but the JSON, now
+                    sampling = replace(sampling, json_schema=_schema_of(spec.output))
                 if state.hooks:
                     turn = await self._hooked(dialogue, sampling)
                 else:
@@ -388,6 +390,10 @@ class _AgentRun:
                 )
             )
         return kept
+
+
+def _schema_of(output: TypeAdapter[Any]) -> str:
+    return json.dumps(output.json_schema(), ensure_ascii=False)
 
 
 def _json_of(text: str) -> str:

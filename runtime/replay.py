@@ -130,6 +130,7 @@ def _turn(ledger: Ledger, step: StepRecord) -> RecordedTurn:
                 finish_reason=body["finish_reason"],
                 weight_version=step.weight_version or 0,
                 version_spans=tuple((v, num) for v, num in body.get("version_spans", ())),
+                routed_experts=step.experts,
                 **body["usage"],
             ),
             prompt_ids=tuple(step.prompt_ids),

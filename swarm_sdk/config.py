@@ -2,7 +2,8 @@
 
 nano                          the embedded default
 path:DIRECTORY                a checkpoint of ours, on the embedded engine
-sglang:http://host:port       a SGLang server, token ids in and out
+sglang:http://host:port       `nano` behind a SGLang server, token ids in and out
+sglang:URL,URL#DIRECTORY      the model of a directory, behind one server or several
 openai:http://host/v1#model   any OpenAI-compatible server
 """
 
@@ -18,7 +19,6 @@ from swarm_sdk.errors import ConfigError
 from swarm_sdk.runtime.budget import Budget
 from swarm_sdk.types import Image, Model, Price, Sampling, Task, Tool
 
-NANO_CONTEXT_TOKENS = 8_192
 MODEL_FORMS = "'nano', 'path:DIRECTORY', 'sglang:http://host:port' or 'openai:http://host/v1#model'"
 
 
@@ -76,7 +76,7 @@ def open_model(text: str, *, api_key: str | None = None) -> Model:
         base_url, _, name = target.partition("#")
         return OpenAIModel(base_url, name, api_key=api_key)
     if kind == "sglang":
-        return _sglang_model(target)
+        return _sglang_model(target, api_key)
     return _embedded_model(Path(target) if kind == "path" else nano_directory())
 
 
@@ -108,19 +108,16 @@ def _embedded_model(directory: Path) -> Model:
     return open_embedded(directory)
 
 
-def _sglang_model(base_url: str) -> Model:
-    """`nano` behind a SGLang server; other models need a ``TokenModel`` with their tokenizer."""
-    from swarm_sdk.model_backend.chat.dialogue import TokenModel
-    from swarm_sdk.model_backend.chat.template import ChatFormat
-    from swarm_sdk.model_backend.chat.tokenizer import Tokenizer
-    from swarm_sdk.model_backend.sglang_client import SglangEngine
+def _sglang_model(target: str, api_key: str | None) -> Model:
+    """`nano` behind SGLang servers, or the model whose ``config.json`` and tokenizer are named."""
+    from swarm_sdk.model_backend.sglang_client import open_sglang
 
-    tokenizer = Tokenizer.from_dir(nano_directory())
-    return TokenModel(
-        name=base_url,
-        engine=SglangEngine(base_url, media_pad_id=tokenizer.special.media_pad),
-        chat_format=ChatFormat(tokenizer, thinking=True),
-        context_tokens=NANO_CONTEXT_TOKENS,
+    urls, _, directory = target.partition("#")
+    return open_sglang(
+        urls.split(","),
+        Path(directory) if directory else nano_directory(),
+        sees_images=bool(directory),
+        api_key=api_key,
     )
 
 

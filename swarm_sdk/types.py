@@ -126,6 +126,34 @@ class Sampling:
     """``None`` draws a fresh seed for each request."""
     stop_token_ids: tuple[int, ...] = ()
     """The chat format adds its own end-of-turn token."""
+    json_schema: str = ""
+    """JSON schema, as text, that the message must fit. Engines with a grammar (SGLang) sample
+    nothing else; others read over it, so what comes is checked all the same."""
+    routing_key: str = ""
+    """Calls whose prompts begin alike carry the same: servers behind one model keep them apart by
+    it, so that each finds its prefix in the cache. A dialogue sets its own unless one is given."""
+    experts_from: int | None = None
+    """Return the experts that tokens from this position on were routed to, where the engine
+    records them; a dialogue asks for what it has not yet. ``None`` asks for none."""
+
+
+@record(kw_only=True)
+class RoutedExperts:
+    """Which experts the mixture layers chose, token by token: what a trainer replays (R3).
+
+    Position p is the token whose pass predicted token p + 1; the last sampled token has none, for
+    it has not been through the network. Those of a dialogue's turns, end to end, cover all others.
+    """
+
+    data: bytes
+    """Little-endian uint16 [positions, num_layers, num_chosen], C order; layers without a mixture
+    hold zeros."""
+    num_layers: int
+    num_chosen: int
+
+    def __len__(self) -> int:
+        """How many positions."""
+        return len(self.data) // (2 * self.num_layers * self.num_chosen)
 
 
 @record(kw_only=True)
@@ -146,6 +174,8 @@ class Generation:
     num_cached_tokens: int = 0
     """Prompt tokens whose keys and values were reused."""
     num_completion_tokens: int = 0
+    routed_experts: RoutedExperts | None = None
+    """Of the positions from ``Sampling.experts_from`` on; ``None`` where nobody records them."""
 
 
 @record

@@ -10,7 +10,7 @@ A step is one of two records, in the order in which an agent lived them:
 
 Concatenating ``prompt_ids`` and ``token_ids`` of an agent's sample steps gives the context that its
 model saw, bit for bit; a step with ``reset`` begins a new context. Ids are stored as little-endian
-int32, log-probabilities as float32. Readers: the viewer, resume, the trainer.
+int32, log-probabilities as float32, experts as uint16. Readers: the viewer, resume, the trainer.
 
 Writes are buffered until ``flush``. ``await committed()`` is the barrier before anything that must
 not happen twice: it yields once, so that all agents of one turn of the event loop share a commit.
@@ -38,9 +38,9 @@ from pydantic_core import to_json
 
 from swarm_sdk.errors import LedgerError
 from swarm_sdk.traces.claims import Claims
-from swarm_sdk.types import Image, Message, ToolCall
+from swarm_sdk.types import Image, Message, RoutedExperts, ToolCall
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 FILE_NAME = "ledger.db"
 CHECKPOINT_PAGES = 8_192
 """Pages of 4 KiB in the write-ahead log before it is copied into the file, which waits for the
@@ -68,6 +68,7 @@ CREATE TABLE steps (
     id INTEGER PRIMARY KEY, episode INTEGER NOT NULL REFERENCES episodes (row),
     agent_path TEXT NOT NULL, stage INTEGER NOT NULL, kind TEXT NOT NULL,
     body TEXT NOT NULL, prompt_ids BLOB, token_ids BLOB, logprobs BLOB, weight_version INTEGER,
+    routed_experts BLOB,
     started_ns INTEGER NOT NULL, ended_ns INTEGER NOT NULL
 );
 CREATE INDEX steps_of_episode ON steps (episode);
@@ -75,7 +76,8 @@ CREATE TABLE media (sha256 TEXT PRIMARY KEY, media_type TEXT NOT NULL, data BLOB
 """
 _INSERT_STEP = (
     "INSERT INTO steps (episode, agent_path, stage, kind, body, prompt_ids, token_ids,"
-    " logprobs, weight_version, started_ns, ended_ns) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+    " logprobs, weight_version, routed_experts, started_ns, ended_ns)"
+    " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 )
 _BEGIN_AGENT = (
     "INSERT INTO agents (episode, path, parent_path, parent_stage, name, model, prompt,"
@@ -100,17 +102,28 @@ class StepRecord:
     body: Mapping[str, Any]
     """sample: ``observed`` (the messages that entered the context), ``message``,
     ``finish_reason``, ``usage``, ``version_spans`` where several versions of the weights sampled
-    the ids, and ``reset`` where the context was begun anew (what was dropped, and by which
-    strategy); tool: ``call_id``, ``name``, ``content``, ``images``, ``error``."""
+    the ids, ``experts`` (layers, chosen) where ``routed_experts`` is kept, and ``reset`` where the
+    context was begun anew (what was dropped, and by which strategy); tool: ``call_id``, ``name``,
+    ``content``, ``images``, ``error``."""
     prompt_ids: Sequence[int] = ()
     """Ids that entered the context since the last sampled one."""
     token_ids: Sequence[int] = ()
     """Sampled ids."""
     logprobs: Sequence[float] = ()
     weight_version: int | None = None
+    routed_experts: bytes | None = None
+    """As ``RoutedExperts.data``: of the positions since the last turn's."""
     started_ns: int = 0
     ended_ns: int = 0
     id: int = 0
+
+    @property
+    def experts(self) -> RoutedExperts | None:
+        """``routed_experts`` with their shape; ``None`` where the engine told none."""
+        if self.routed_experts is None:
+            return None
+        num_layers, num_chosen = self.body["experts"]
+        return RoutedExperts(data=self.routed_experts, num_layers=num_layers, num_chosen=num_chosen)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -516,6 +529,7 @@ class Ledger:
         token_ids: Sequence[int] = (),
         logprobs: Sequence[float] = (),
         weight_version: int | None = None,
+        routed_experts: bytes | None = None,
         started_ns: int = 0,
         ended_ns: int = 0,
     ) -> Row:
@@ -532,6 +546,7 @@ class Ledger:
                 _pack("i", token_ids) if token_ids else None,
                 _pack("f", logprobs) if logprobs else None,
                 weight_version,
+                routed_experts,
                 started_ns,
                 ended_ns,
             ),
@@ -593,7 +608,7 @@ class Ledger:
         """The steps of an episode, or of one of its agents, in the order of their commits."""
         rows = self._read(
             "SELECT agent_path, stage, kind, body, prompt_ids, token_ids, logprobs, weight_version,"
-            " started_ns, ended_ns, id FROM steps WHERE episode = ?1"
+            " routed_experts, started_ns, ended_ns, id FROM steps WHERE episode = ?1"
             " AND (?2 IS NULL OR agent_path = ?2) ORDER BY id",
             (self._row_of(episode_id), agent_path),
         )
@@ -607,9 +622,10 @@ class Ledger:
                 token_ids=_unpack("i", row[5]),
                 logprobs=_unpack("f", row[6]),
                 weight_version=row[7],
-                started_ns=row[8],
-                ended_ns=row[9],
-                id=row[10],
+                routed_experts=row[8],
+                started_ns=row[9],
+                ended_ns=row[10],
+                id=row[11],
             )
 
     def media(self, sha256: str, name: str = "", description: str = "") -> Image:

@@ -89,6 +89,9 @@ class AgentRecorder:
         }
         if generation.version_spans:
             body["version_spans"] = generation.version_spans
+        experts = generation.routed_experts
+        if experts is not None:
+            body["experts"] = (experts.num_layers, experts.num_chosen)
         if self._reset is not None:
             body["reset"], self._reset = self._reset, None
         row = self.ledger.append(
@@ -101,6 +104,7 @@ class AgentRecorder:
             token_ids=generation.token_ids,
             logprobs=generation.logprobs,
             weight_version=generation.weight_version,
+            routed_experts=None if experts is None else experts.data,
             started_ns=started_ns,
             ended_ns=ended_ns,
         )

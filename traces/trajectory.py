@@ -20,6 +20,7 @@ from typing import Literal
 
 from swarm_sdk.errors import NotTrainable
 from swarm_sdk.traces.ledger import AgentRecord, Ledger, StepRecord
+from swarm_sdk.types import RoutedExperts
 
 ORCHESTRATOR = "main"
 
@@ -41,6 +42,8 @@ class MessageNode:
     """Policy version of each sampled id; empty for observed ones."""
     media: tuple[str, ...] = ()
     """SHA-256 of the pictures that the messages show, in order."""
+    experts: RoutedExperts | None = None
+    """Of a sampled node: what its turn recorded, which covers the observed ids before it."""
     step_id: int = 0
     """The ledger's row."""
 
@@ -60,6 +63,9 @@ class Branch:
     """Policy version of each sampled token; -1 elsewhere."""
     media: tuple[str, ...] = ()
     """SHA-256 of the pictures that it shows, in order."""
+    experts: RoutedExperts | None = None
+    """Which experts the engine chose at each position but the last; ``None`` unless every turn
+    recorded its part."""
 
     @property
     def is_orchestrator(self) -> bool:
@@ -116,6 +122,7 @@ class MessageGraph:
                 step.token_ids,
                 logprobs=tuple(step.logprobs),
                 versions=_versions(step),
+                experts=step.experts,
             )
         if last is not None:
             self.leaves.append(last)
@@ -143,6 +150,7 @@ class MessageGraph:
         logprobs: tuple[float, ...] = (),
         versions: tuple[int, ...] = (),
         media: tuple[str, ...] = (),
+        experts: RoutedExperts | None = None,
     ) -> int:
         node = MessageNode(
             id=len(self.nodes),
@@ -154,6 +162,7 @@ class MessageGraph:
             logprobs=logprobs,
             versions=versions,
             media=media,
+            experts=experts,
             step_id=step.id,
         )
         self.nodes.append(node)
@@ -191,14 +200,16 @@ class MessageGraph:
             is_sampled += [sampled] * num
             logprobs += node.logprobs if sampled else [0.0] * num
             versions += node.versions if sampled else [-1] * num
+        token_ids = tuple(one for node in nodes for one in node.token_ids)
         return Branch(
             episode_id=self.episode_id,
             agent_path=nodes[0].agent_path,
-            token_ids=tuple(one for node in nodes for one in node.token_ids),
+            token_ids=token_ids,
             is_sampled=tuple(is_sampled),
             logprobs=tuple(logprobs),
             weight_versions=tuple(versions),
             media=tuple(digest for node in nodes for digest in node.media),
+            experts=_joined([n.experts for n in nodes if n.kind == "sampled"], len(token_ids) - 1),
         )
 
 
@@ -243,6 +254,18 @@ def _media(message: dict[str, object], pictures: dict[str, list[str]]) -> Iterat
         yield from (one[0] for one in stored)
     elif message.get("role") == "tool":
         yield from pictures.get(str(message.get("tool_call_id")), [])
+
+
+def _joined(parts: list[RoutedExperts | None], num_positions: int) -> RoutedExperts | None:
+    """The turns' experts end to end; ``None`` where a part or a position is missing."""
+    known = [part for part in parts if part is not None]
+    shapes = {(part.num_layers, part.num_chosen) for part in known}
+    if len(known) < len(parts) or len(shapes) != 1 or sum(map(len, known)) != num_positions:
+        return None
+    ((num_layers, num_chosen),) = shapes
+    return RoutedExperts(
+        data=b"".join(part.data for part in known), num_layers=num_layers, num_chosen=num_chosen
+    )
 
 
 def _versions(step: StepRecord) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ A turn that ended without ``<|im_end|>`` (cut by length, or aborted) gets it fro
 
 from __future__ import annotations
 
+import uuid
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,9 @@ class TokenModel:
     chat_format: ChatFormat
     context_tokens: int
     """How many tokens the engine's context holds, prompt and completion together."""
+    has_grammar: bool = False
+    """Whether the engine can hold a turn to ``Sampling.json_schema``; such a turn has no reasoning,
+    for the grammar begins with its first token. Without it the schema is not passed on."""
 
     @property
     def is_replayable(self) -> bool:
@@ -61,6 +65,9 @@ class TokenDialogue:
         self._ids: list[int] = []
         self._num_calls = first_call_index
         self._images: list[Image] = []
+        self._routing_key = uuid.uuid4().hex
+        self._num_with_experts = 0
+        """Positions whose experts the turns so far told."""
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -100,7 +107,9 @@ class TokenDialogue:
             ContextOverflow: there is no room for a single token.
             ModelError: as the engine raises it.
         """
-        prompt = self._lead() + self._format.generation_prompt()
+        json_schema = sampling.json_schema if self._model.has_grammar else ""
+        chat_format = self._format.instant if json_schema else self._format
+        prompt = self._lead() + chat_format.generation_prompt()
         context = self._ids + prompt
         room = self._model.context_tokens - len(context)
         if room <= 0:
@@ -114,13 +123,18 @@ class TokenDialogue:
                 sampling,
                 max_tokens=min(sampling.max_tokens, room),
                 stop_token_ids=tuple(stop_ids),
+                json_schema=json_schema,
+                routing_key=sampling.routing_key or self._routing_key,
+                experts_from=self._num_with_experts,
             ),
             tuple(self._images),
         )
-        message = self._format.parse_turn(
+        message = chat_format.parse_turn(
             generation.token_ids, first_call_index=self._num_calls, tools=self._tools
         )
         self._ids = [*context, *generation.token_ids]
+        if generation.routed_experts is not None:
+            self._num_with_experts += len(generation.routed_experts)
         self._num_calls += len(message.tool_calls)
         return Turn(message=message, generation=generation, prompt_ids=tuple(prompt))
 
@@ -130,12 +144,15 @@ class TokenDialogue:
         Raises:
             ConfigError: the turn was begun with other ids than this format gives.
         """
-        prompt = self._lead() + self._format.generation_prompt()
-        if tuple(prompt) != turn.prompt_ids:
+        lead = self._lead()
+        formats = [self._format, *([self._format.instant] if self._model.has_grammar else [])]
+        if turn.prompt_ids not in [tuple(lead + one.generation_prompt()) for one in formats]:
             raise ConfigError(
                 "a recorded turn does not fit this chat format; resume with the model that ran it"
             )
-        self._ids += [*prompt, *turn.generation.token_ids]
+        self._ids += [*turn.prompt_ids, *turn.generation.token_ids]
+        if turn.generation.routed_experts is not None:
+            self._num_with_experts += len(turn.generation.routed_experts)
         self._num_calls += len(turn.message.tool_calls)
 
     def _lead(self) -> list[int]:

@@ -60,6 +60,16 @@ class ChatFormat:
         self._num_image_tokens = num_image_tokens
 
     @property
+    def instant(self) -> ChatFormat:
+        """The same without reasoning: what a turn that a grammar holds to JSON begins with."""
+        return ChatFormat(
+            self.tokenizer,
+            thinking=False,
+            has_vision=self.has_vision,
+            num_image_tokens=self._num_image_tokens,
+        )
+
+    @property
     def end_of_turn_id(self) -> int:
         """The id that ends every turn: ``<|im_end|>``."""
         return self.tokenizer.special.im_end
@@ -177,8 +187,7 @@ class ChatFormat:
     def _render_without_reasoning(self, message: Message) -> list[int]:
         if message.role != "assistant":
             return self.render(message)
-        instant = ChatFormat(self.tokenizer, thinking=False)
-        return instant.render(message)
+        return self.instant.render(message)
 
     def _tool_section(self, message: Message) -> list[Part]:
         if not message.tool_calls:

@@ -1,4 +1,4 @@
-"""The embedded engine: the K2.5 network as an ``Engine``, in this process.
+"""The embedded engine: the K2.5 network as an ``Engine`` and a ``WeightSink``, in this process.
 
     generate(ids) ──inbox──> the engine's thread                      (any event loop, any number)
                              ┌─> receive      new requests, weights, the end
@@ -31,6 +31,7 @@ from swarm_sdk.model_backend.engine.prompt import read_media, read_token_ids
 from swarm_sdk.model_backend.engine.runner import Runner
 from swarm_sdk.model_backend.engine.scheduler import Scheduler
 from swarm_sdk.model_backend.engine.sequence import Sequence
+from swarm_sdk.model_backend.weight_sink import frozen
 from swarm_sdk.types import Generation, Image, Sampling
 
 if TYPE_CHECKING:
@@ -59,13 +60,15 @@ class EmbeddedEngine:
         num_pages: int | None = None,
         prefill_chunk_tokens: int = 512,
         weight_version: int = 0,
+        is_frozen: bool = False,
     ) -> None:
         """Take over ``model``, on its device and in its dtype; the cache is made here.
 
         ``max_running`` sequences share a step at most. ``num_pages`` of ``page_size`` tokens hold
         their keys; ``None`` takes what ``max_running`` full contexts need, within 512 MiB on the
         CPU and 40 % of the free memory on CUDA, and one full context at least. A step computes
-        ``prefill_chunk_tokens`` tokens of new prompts at most.
+        ``prefill_chunk_tokens`` tokens of new prompts at most. One that ``is_frozen`` refuses new
+        weights.
 
         Raises:
             ConfigError: a number is not positive.
@@ -82,6 +85,7 @@ class EmbeddedEngine:
                 raise ConfigError(f"{name} must be at least 1, got {count}")
         self.model: KimiModel = model.eval()
         self.weight_version: int = weight_version
+        self.is_frozen: bool = is_frozen
         context_tokens = model.config.text_config.max_position_embeddings
         self.limit_tokens: int = min(context_tokens, num_pages * page_size)
         """Prompt and completion of one request together."""
@@ -159,9 +163,12 @@ class EmbeddedEngine:
         tensors of ``state_dict`` must not change before this returns.
 
         Raises:
-            ConfigError: a name or a shape is not the model's; nothing is changed.
+            ConfigError: the engine is frozen, or a name or a shape is not the model's; nothing is
+                changed.
             ModelError: the engine is closed.
         """
+        if self.is_frozen:
+            raise frozen(weight_version)
         own = {name: tensor.shape for name, tensor in self.model.state_dict().items()}
         new = {name: tensor.shape for name, tensor in state_dict.items()}
         unlike = sorted(name for name in new if own.get(name) != new[name])

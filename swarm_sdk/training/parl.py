@@ -41,6 +41,7 @@ from swarm_sdk.model_backend.chat.dialogue import TokenModel
 from swarm_sdk.model_backend.embedded import open_embedded
 from swarm_sdk.model_backend.engine.engine import EmbeddedEngine
 from swarm_sdk.model_backend.model.kimi import KimiModel
+from swarm_sdk.model_backend.weight_sink import WeightSink
 from swarm_sdk.model_backend.weights.checkpoint import load
 from swarm_sdk.model_backend.weights.servable import save_checkpoint
 from swarm_sdk.runtime.budget import Budget
@@ -77,6 +78,9 @@ class Parl:
         )
         self.team: Team = team
         self.policy: TokenModel = self._open(start)
+        assert isinstance(self.policy.engine, EmbeddedEngine)
+        self.sink: WeightSink = self.policy.engine
+        """Where new weights go."""
         self.frozen: TokenModel | None = None
         self.reader: BatchReader = batch_reader(config, self.policy)
         self.environment: DrawnEnvironment = make_environment(config)
@@ -225,7 +229,7 @@ class Parl:
         if not config.train_subagents:
             self._retired, self.frozen = (
                 self.frozen,
-                self._open(checkpoint_directory(wanted), wanted),
+                self._open(checkpoint_directory(wanted), wanted, is_frozen=True),
             )
         self._swarm = Swarm(
             self.policy,
@@ -265,9 +269,7 @@ class Parl:
         """Copy the policy's weights into its engine; the version goes up by one."""
         self.version += 1
         self.team.share(("weights",))
-        engine = self.policy.engine
-        assert isinstance(engine, EmbeddedEngine)
-        await engine.update_weights(self.learner.weights(), self.version)
+        await self.sink.update_weights(self.learner.weights(), self.version)
 
     def _served(self) -> KimiModel:
         """The network that sampled: until ``publish``, with the weights that it sampled with."""
@@ -281,7 +283,9 @@ class Parl:
         share = self.learner.routing_disagreement(self._served(), batch)
         return {} if share is None else {"routing_disagreement": share}
 
-    def _open(self, directory: Path, name: str = "policy") -> TokenModel:
+    def _open(
+        self, directory: Path, name: str = "policy", *, is_frozen: bool = False
+    ) -> TokenModel:
         config = self.config
         return open_embedded(
             directory,
@@ -289,6 +293,7 @@ class Parl:
             dtype=DTYPES[config.dtype],
             max_running=config.max_running,
             name=name,
+            is_frozen=is_frozen,
         )
 
     # -- the record ------------------------------------------------------------------------------

@@ -107,6 +107,24 @@ def test_a_message_that_does_not_fit_is_mended_within_the_budget(tmp_path: Path)
     assert short.run_sync("go", output_type=City).status == "out_of_budget"
 
 
+def test_a_turn_that_mends_a_message_is_held_to_its_schema_and_others_are_not(
+    tmp_path: Path,
+) -> None:
+    asked: list[str] = []
+
+    class Watch(Hooks):
+        async def model_call(self, agent: AgentInfo, sampling: Sampling, proceed: Any) -> Turn:
+            asked.append(sampling.json_schema)
+            return await super().model_call(agent, sampling, proceed)
+
+    said = iter(["nonsense", '{"name": "Oslo", "population": 1}'])
+    model = ScriptedModel(lambda m, t: next(said))
+    result = Swarm(model, runs=tmp_path, hooks=[Watch()]).run_sync("go", output_type=City)
+    assert result.parsed == City(name="Oslo", population=1)
+    assert asked[0] == ""
+    assert json.loads(asked[1])["required"] == ["name", "population"]
+
+
 def test_what_never_fits_is_a_typed_failure_with_the_text_kept(tmp_path: Path) -> None:
     swarm = Swarm(ScriptedModel(lambda m, t: "no"), runs=tmp_path, limits=Limits(max_repairs=1))
     result = swarm.run_sync("go", output_type=City)

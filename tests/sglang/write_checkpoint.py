@@ -1,6 +1,7 @@
-"""Write the checkpoint that the SGLang tests serve: ``nano``'s shape with random weights, bf16.
+"""Write the checkpoints that the SGLang tests serve: ``nano``'s shape with random weights, bf16.
 
     python tests/sglang/write_checkpoint.py FOLDER
+    python tests/sglang/write_checkpoint.py --nano FOLDER    nano itself
 
 Random weights are the harder case: every expert and head matters. They are scaled so that the
 log-probabilities of tokens differ widely, which those of the initialiser do not. Beside the weights
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from swarm_sdk.config import nano_directory
 from swarm_sdk.model_backend.chat.tokenizer import NUM_SPECIAL_SLOTS
 from swarm_sdk.model_backend.chat.train_tokenizer import export_tokenizer_json, train
 from swarm_sdk.model_backend.model.config import nano
@@ -55,13 +57,21 @@ def texts() -> Iterator[str]:
         yield " ".join("".join(draw.choices(syllables, k=draw.randint(1, 4))) for _ in range(12))
 
 
-def main(folder: Path) -> None:
-    """Write everything into ``folder``."""
+def write_random(folder: Path) -> None:
+    """Random weights, and a tokenizer of their own."""
     model = random_model()
     checkpoint.save(model, folder, dtype=torch.bfloat16)
     tokenizer = train(texts(), model.config.text_config.vocab_size - NUM_SPECIAL_SLOTS)
     tokenizer.save(folder)
     export_tokenizer_json(tokenizer, folder)
+
+
+def main(folder: Path, *, is_nano: bool) -> None:
+    """Write everything into ``folder``."""
+    if is_nano:
+        shutil.copytree(nano_directory(), folder)
+    else:
+        write_random(folder)
     shutil.copy(PROCESSOR, folder)
     processor = {
         "processor_class": "KimiK25Processor",
@@ -71,4 +81,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[-1]), is_nano="--nano" in sys.argv)

@@ -1,16 +1,29 @@
 """Spans point to the ledger, which is written first; children stay below their parents."""
 
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 
 from swarm_sdk import Message, Swarm
+from swarm_sdk.config import nano_directory
 from swarm_sdk.errors import SandboxDied
+from swarm_sdk.model_backend.chat.dialogue import TokenModel
+from swarm_sdk.model_backend.chat.template import ChatFormat
+from swarm_sdk.model_backend.chat.tokenizer import Tokenizer
 from swarm_sdk.testing import ScriptedModel, call, calls
 from swarm_sdk.traces import schema
 from swarm_sdk.traces.ledger import Ledger
-from swarm_sdk.types import ToolOutput, ToolSpec
+from swarm_sdk.traces.trajectory import branches
+from swarm_sdk.types import (
+    Generation,
+    Image,
+    RoutedExperts,
+    Sampling,
+    ToolOutput,
+    ToolSpec,
+)
 
 
 class Collector(SpanProcessor):
@@ -118,3 +131,42 @@ def test_what_a_tool_tells_beside_its_text_is_in_its_row_and_its_span(tmp_path: 
     ledger.close()
     assert bodies[0]["facts"] == {"swarm.sandbox.level": "L2", "swarm.sandbox.has_state": True}
     assert bodies[1]["facts"] == {"swarm.sandbox.status": "oom"}
+
+
+class Recording:
+    """An engine that says one id and tells which experts it chose at each position."""
+
+    async def generate(
+        self, token_ids: Sequence[int], sampling: Sampling, images: Sequence[Image] = ()
+    ) -> Generation:
+        first = sampling.experts_from or 0
+        positions = range(first, len(token_ids))
+        return Generation(
+            token_ids=(sampling.stop_token_ids[-1],),
+            logprobs=(-0.5,),
+            finish_reason="stop",
+            routed_experts=RoutedExperts(
+                data=b"".join(struct.pack("<2H", p, 300) for p in positions),
+                num_layers=1,
+                num_chosen=2,
+            ),
+        )
+
+    async def aclose(self) -> None:
+        """Nothing is held."""
+
+
+def test_the_experts_of_a_turn_are_on_record_and_in_its_branch(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_dir(nano_directory())
+    model = TokenModel(
+        name="m", engine=Recording(), chat_format=ChatFormat(tokenizer), context_tokens=1_000
+    )
+    result = Swarm(model, runs=tmp_path).run_sync("go")
+    ledger = Ledger(tmp_path, readonly=True)
+    (branch,) = branches(ledger, result.episode_id)
+    (step,) = [step for step in ledger.steps(result.episode_id) if step.kind == "sample"]
+    assert step.experts == branch.experts
+    assert branch.experts is not None
+    assert len(branch.experts) == len(branch.token_ids) - 1
+    assert struct.unpack("<4H", branch.experts.data[:8]) == (0, 300, 1, 300)
+    ledger.close()

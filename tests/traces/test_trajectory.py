@@ -1,6 +1,7 @@
 """The ledger becomes branches, exports and counts of drift."""
 
 import json
+import struct
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -111,6 +112,36 @@ def test_a_context_begun_anew_is_a_branch_of_its_own_and_versions_are_kept(tmp_p
     assert first.weight_versions == (-1, -1, 5, 6, -1, 7)
     assert first.is_sampled == (False, False, True, True, False, True)
     assert second.token_ids == (1, 9, 8)
+
+
+def experts_of(positions: range) -> dict:
+    """What an engine of 2 layers and 1 expert a token tells: position p chose 300 + p and p."""
+    data = b"".join(struct.pack("<2H", 300 + p, p) for p in positions)
+    return {"experts": (2, 1), "routed_experts": data}
+
+
+def test_experts_of_the_turns_join_to_those_of_every_position_but_the_last(tmp_path: Path) -> None:
+    parts = [experts_of(range(3)), experts_of(range(3, 5))]
+    ledger = recorded(
+        tmp_path,
+        *(
+            replace(sample(*ids, experts=part["experts"]), routed_experts=part["routed_experts"])
+            for ids, part in zip((([1, 2], [3, 4]), ([5], [6])), parts, strict=True)
+        ),
+    )
+    (branch,) = branches(ledger, "e")
+    assert branch.experts is not None
+    assert len(branch.experts) == len(branch.token_ids) - 1 == 5
+    assert branch.experts.data == experts_of(range(5))["routed_experts"]
+
+
+def test_a_branch_with_a_turn_that_told_no_experts_has_none(tmp_path: Path) -> None:
+    part = experts_of(range(3))
+    first = replace(
+        sample([1, 2], [3, 4], experts=part["experts"]), routed_experts=part["routed_experts"]
+    )
+    (branch,) = branches(recorded(tmp_path, first, sample([5], [6])), "e")
+    assert branch.experts is None
 
 
 def test_pictures_are_listed_in_order_from_prompts_and_from_tools(tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import anyio
 import pytest
@@ -7,7 +7,15 @@ import pytest
 from swarm_sdk.errors import ConfigError, ContextOverflow, ModelError
 from swarm_sdk.model_backend.chat.dialogue import TokenModel
 from swarm_sdk.model_backend.chat.template import ChatFormat
-from swarm_sdk.types import Generation, Image, Message, Sampling, ToolCall, ToolSpec
+from swarm_sdk.types import (
+    Generation,
+    Image,
+    Message,
+    RoutedExperts,
+    Sampling,
+    ToolCall,
+    ToolSpec,
+)
 
 TOOL = ToolSpec("f", "Does it.", {"type": "object"})
 
@@ -183,7 +191,9 @@ def test_a_resumed_dialogue_goes_on_as_the_recorded_one(tokenizer):
     result = Message("tool", "ok", tool_call_id="functions.f:0")
     assert resumed.observe([result]) == dialogue.observe([result])
     assert sample(resumed) == sample(dialogue)
-    assert model.engine.calls[1] == model.engine.calls[2]
+    (ids, sampling, images), (other_ids, other_sampling, other_images) = model.engine.calls[1:]
+    assert (ids, images) == (other_ids, other_images)
+    assert replace(sampling, routing_key="") == replace(other_sampling, routing_key="")
     assert resumed.ids == dialogue.ids
 
 
@@ -209,3 +219,65 @@ def test_closing_the_model_closes_its_engine(tokenizer):
     anyio.run(model.aclose)
     assert model.engine.is_closed
     assert model.is_replayable
+
+
+def test_a_dialogue_has_one_routing_key_of_its_own_and_keeps_a_given_one(tokenizer):
+    model = model_of(ChatFormat(tokenizer), [[5], [6], [7], [8]])
+    for _ in range(2):
+        dialogue = model.dialogue([])
+        dialogue.observe([Message("user", "hi")])
+        sample(dialogue)
+        sample(dialogue)
+    keys = [sampling.routing_key for _, sampling, _ in model.engine.calls]
+    assert keys[0] == keys[1] != keys[2] == keys[3]
+    assert all(keys)
+    model.engine.turns = [[9]]
+    sample(dialogue, routing_key="mine")
+    assert model.engine.calls[-1][1].routing_key == "mine"
+
+
+def test_a_dialogue_asks_for_the_experts_that_no_turn_has_told_yet(tokenizer):
+    class Recording(ScriptedEngine):
+        async def generate(self, token_ids, sampling, images=()):
+            generation = await ScriptedEngine.generate(self, token_ids, sampling, images)
+            num = len(token_ids) + len(generation.token_ids) - 1 - sampling.experts_from
+            return replace(
+                generation,
+                routed_experts=RoutedExperts(data=bytes(num * 8), num_layers=2, num_chosen=2),
+            )
+
+    engine = Recording([[5, 6], [7]])
+    model = replace(model_of(ChatFormat(tokenizer), []), engine=engine)
+    dialogue = model.dialogue([])
+    dialogue.observe([Message("user", "hi")])
+    turns = [sample(dialogue)]
+    covered = len(dialogue.ids) - 1  # all but the last id, which no pass has seen
+    dialogue.observe([Message("user", "more")])
+    turns.append(sample(dialogue))
+    assert [sampling.experts_from for _, sampling, _ in engine.calls] == [0, covered]
+    assert sum(len(turn.generation.routed_experts) for turn in turns) == len(dialogue.ids) - 1
+
+
+def test_a_turn_that_a_grammar_holds_to_json_has_no_reasoning_and_can_be_resumed(tokenizer):
+    chat = ChatFormat(tokenizer)
+    said = [*tokenizer.encode('{"a": 1}'), chat.end_of_turn_id]
+    model = replace(model_of(chat, [said, said]), has_grammar=True)
+    dialogue = model.dialogue([])
+    dialogue.observe([Message("user", "JSON, please")])
+    turn = sample(dialogue, json_schema="{}")
+    assert (turn.message.content, turn.message.reasoning) == ('{"a": 1}', "")
+    assert turn.prompt_ids[-1] == tokenizer.special.think_end
+    assert model.engine.calls[0][1].json_schema == "{}"
+    resumed = model.dialogue([])
+    resumed.observe([Message("user", "JSON, please")])
+    resumed.replay(turn)
+    assert resumed.ids == dialogue.ids
+
+
+def test_an_engine_without_a_grammar_gets_no_schema_and_reasons_as_ever(tokenizer):
+    model = model_of(ChatFormat(tokenizer), [[5]])
+    dialogue = model.dialogue([])
+    dialogue.observe([Message("user", "JSON, please")])
+    turn = sample(dialogue, json_schema="{}")
+    assert model.engine.calls[0][1].json_schema == ""
+    assert turn.prompt_ids[-1] == tokenizer.special.think_begin

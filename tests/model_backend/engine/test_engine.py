@@ -13,6 +13,7 @@ import torch
 
 from swarm_sdk.errors import ConfigError, ContextOverflow, ModelError
 from swarm_sdk.model_backend.engine.engine import EmbeddedEngine
+from swarm_sdk.model_backend.weight_sink import WeightSink
 from swarm_sdk.types import Image, Sampling
 
 GREEDY = Sampling(temperature=0.0, max_tokens=12)
@@ -323,6 +324,23 @@ def test_new_weights_forget_cached_keys_and_raise_the_version(reference):
     assert before.version_spans == after.version_spans == ()
     assert after.num_cached_tokens == 0
     assert reference.is_greedy(new, prompt, after.token_ids)
+
+
+def test_a_frozen_engine_refuses_new_weights_and_serves_on(reference):
+    prompt = reference.random_ids(random.Random(15), 40)
+
+    async def main():
+        engine = EmbeddedEngine(reference.random_model(0), is_frozen=True)
+        before = await engine.generate(prompt, GREEDY)
+        sink: WeightSink = engine
+        with pytest.raises(ConfigError, match="frozen"):
+            await sink.update_weights(reference.random_model(1).state_dict(), 1)
+        after = await engine.generate(prompt, GREEDY)
+        await engine.aclose()
+        return before, after
+
+    before, after = anyio.run(main)
+    assert (before.token_ids, before.weight_version) == (after.token_ids, after.weight_version)
 
 
 def test_running_requests_go_on_with_new_weights_and_tell_which_drew_which_ids(reference):

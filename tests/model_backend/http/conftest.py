@@ -46,6 +46,15 @@ class ChatServer:
     asked: asyncio.Event = field(default_factory=asyncio.Event)
     disconnected: asyncio.Event = field(default_factory=asyncio.Event)
     answers_get: dict[str, Any] = field(default_factory=dict)
+    spell: Callable[[list[int]], str] = str
+
+    def be(self, *, answers_get: dict[str, Any], spell: Callable[[list[int]], str]) -> None:
+        """Pass for a SGLang server: what it tells of itself, and how it spells tokens."""
+        self.answers_get, self.spell = answers_get, spell
+
+    async def detokenize(self, request: web.Request) -> web.StreamResponse:
+        tokens = (await request.json())["tokens"]
+        return web.json_response({"text": [self.spell(ids) for ids in tokens]})
 
     async def tell(self, request: web.Request) -> web.StreamResponse:
         return web.json_response(self.answers_get[request.path])
@@ -72,6 +81,7 @@ async def serving(*steps: Step) -> AsyncIterator[ChatServer]:
     app.router.add_post("/v1/chat/completions", server.answer)
     app.router.add_post("/generate", server.answer)
     app.router.add_post("/abort_request", server.answer)
+    app.router.add_post("/v1/detokenize", server.detokenize)
     app.router.add_get("/{path:.*}", server.tell)
     runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
     await runner.setup()

@@ -1,20 +1,53 @@
 """``SglangEngine`` against a server on the loopback that answers as SGLang 0.5.23 was seen to."""
 
 import asyncio
+import base64
+import json
 import logging
+import struct
 
 import anyio
 import pytest
 from aiohttp import web
 
+from swarm_sdk.config import nano_directory
 from swarm_sdk.errors import ConfigError, ContextOverflow, ModelError
+from swarm_sdk.model_backend.chat.tokenizer import Tokenizer
 from swarm_sdk.model_backend.http import Retry
-from swarm_sdk.model_backend.sglang_client import SglangEngine, generation_of
+from swarm_sdk.model_backend.sglang_client import ServedModel, SglangEngine, open_sglang
+from swarm_sdk.model_backend.sglang_wire import ExpertsShape, Piece, generation_of
 from swarm_sdk.types import Engine, Image, Sampling
 
 QUICK = Retry(attempts=3, first_wait_s=0.01, longest_wait_s=0.02)
 DEFAULT = Sampling()
-PAD = 4090
+TOKENIZER = Tokenizer.from_dir(nano_directory())
+NANO = ServedModel(TOKENIZER, ExpertsShape(num_layers=2, num_chosen=2))
+PAD = TOKENIZER.special.media_pad
+FACTS = {
+    "/model_info": {
+        "model_path": "m",
+        "tokenizer_path": "t",
+        "weight_version": "3",
+        "has_image_understanding": True,
+    },
+    "/v1/models": {"data": [{"max_model_len": 8192}]},
+    "/server_info": {
+        "version": "0.5.23",
+        "enable_deterministic_inference": False,
+        "enable_return_routed_experts": True,
+        "grammar_backend": "xgrammar",
+    },
+}
+
+
+def told(**changes):
+    """``FACTS`` with other values."""
+    return {path: {k: changes.get(k, v) for k, v in facts.items()} for path, facts in FACTS.items()}
+
+
+def serves(tokenizer=TOKENIZER, **changes):
+    """What lets ``wire.serving`` pass for the server of a model with this tokenizer."""
+    return {"answers_get": told(**changes), "spell": tokenizer.decode}
 
 
 def answer(ids=(11, 12, 2), finish=None, **info):
@@ -35,6 +68,8 @@ def answer(ids=(11, 12, 2), finish=None, **info):
 
 
 async def generate(server, ids=(1, 2, 3), sampling=DEFAULT, images=(), **settings):
+    if "model" in settings and not server.answers_get:
+        server.be(**serves())
     engine: Engine = SglangEngine(server.base_url, retry=QUICK, **settings)
     try:
         return await engine.generate(ids, sampling, images)
@@ -80,7 +115,7 @@ async def test_a_picture_is_sent_with_one_placeholder_however_many_tokens_it_tak
     ids = (7, PAD, PAD, PAD, 8, PAD, PAD, 9)
     pictures = (Image(b"one"), Image(b"two", "image/jpeg"))
     async with wire.serving(wire.replies(answer())) as server:
-        await generate(server, ids, images=pictures, media_pad_id=PAD)
+        await generate(server, ids, images=pictures, model=NANO)
     (body,) = server.bodies
     assert body["input_ids"] == [7, PAD, 8, PAD, 9]
     assert body["image_data"] == ["data:image/png;base64,b25l", "data:image/jpeg;base64,dHdv"]
@@ -91,7 +126,7 @@ async def test_what_cannot_be_asked_is_refused_before_anything_is_sent(wire):
     async with wire.serving(wire.replies(answer())) as server:
         with pytest.raises(ConfigError, match="token_ids is empty"):
             await generate(server, ())
-        with pytest.raises(ConfigError, match="media_pad_id"):
+        with pytest.raises(ConfigError, match="ServedModel"):
             await generate(server, images=(Image(b""),))
     assert server.bodies == []
 
@@ -161,23 +196,28 @@ async def test_closing_ends_running_calls_with_an_abort(wire):
 
 
 @pytest.mark.anyio
+async def test_a_call_that_the_server_ended_for_new_weights_is_asked_for_again(wire):
+    ended = wire.replies(answer((5,), {"type": "abort", "message": "Aborted"}))
+    async with wire.serving(ended, wire.replies(answer(weight_version="2"))) as server:
+        generation = await generate(server)
+    assert len(server.bodies) == 2
+    assert (generation.token_ids, generation.weight_version) == ((11, 12, 2), 2)
+
+
+@pytest.mark.anyio
 async def test_a_server_that_ignores_seeds_is_warned_of_once(wire, caplog):
     async with wire.serving(wire.replies(answer())) as server:
-        server.answers_get = {
-            "/model_info": {"model_path": "m", "tokenizer_path": "t", "weight_version": "3"},
-            "/v1/models": {"data": [{"max_model_len": 8192}]},
-            "/server_info": {"enable_deterministic_inference": False},
-        }
+        server.be(**serves())
         engine = SglangEngine(server.base_url)
         with caplog.at_level(logging.WARNING):
             for _ in range(2):
                 await engine.generate((1,), Sampling(seed=7))
-        told = await engine.server()
+        facts = await engine.server()
         await engine.aclose()
     assert [body["sampling_params"]["sampling_seed"] for body in server.bodies] == [7, 7]
     assert len(caplog.records) == 1
     assert "ignores seeds" in caplog.text
-    assert (told.context_tokens, told.weight_version, told.honours_seeds) == (8192, 3, False)
+    assert (facts.context_tokens, facts.weight_version, facts.honours_seeds) == (8192, 3, False)
 
 
 @pytest.mark.anyio
@@ -208,3 +248,256 @@ def test_a_numeric_weight_version_is_kept_and_any_other_is_zero(told, version):
 def test_an_answer_that_would_spoil_the_record_is_refused(broken, sentence):
     with pytest.raises(ModelError, match=sentence):
         generation_of(broken)
+
+
+@pytest.mark.anyio
+async def test_another_tokenizer_behind_the_address_is_refused_before_any_id_is_sent(wire):
+    ranks = sorted(TOKENIZER.ranks, key=TOKENIZER.ranks.__getitem__)
+    ranks[300], ranks[301] = ranks[301], ranks[300]
+    other = Tokenizer({token: rank for rank, token in enumerate(ranks)})
+    async with wire.serving(wire.replies(answer())) as server:
+        server.be(**serves(other))
+        with pytest.raises(ConfigError, match="tokenizer is another than ours"):
+            await generate(server, model=NANO)
+    assert server.bodies == []
+
+
+@pytest.mark.anyio
+async def test_what_a_server_cannot_do_is_said_in_one_sentence_before_any_id_is_sent(wire):
+    async with wire.serving(wire.replies(answer())) as server:
+        server.be(**serves(has_image_understanding=False))
+        with pytest.raises(ConfigError, match="without vision"):
+            await generate(server, images=(Image(b"x"),), model=NANO)
+        with pytest.raises(ConfigError, match="the vocabulary has 4096"):
+            await generate(server, (1, 4096), model=NANO)
+    assert server.bodies == []
+
+
+@pytest.mark.anyio
+async def test_a_schema_goes_to_the_grammar(wire):
+    async with wire.serving(wire.replies(answer())) as server:
+        await generate(server, sampling=Sampling(json_schema='{"type": "null"}'), model=NANO)
+    assert server.bodies[0]["sampling_params"]["json_schema"] == '{"type": "null"}'
+
+
+@pytest.mark.anyio
+async def test_a_server_without_a_grammar_gets_no_schema_and_is_warned_of_once(wire, caplog):
+    async with wire.serving(wire.replies(answer())) as server:
+        server.be(**serves(grammar_backend="none"))
+        engine = SglangEngine(server.base_url, model=NANO)
+        for _ in range(2):
+            await engine.generate((1,), Sampling(json_schema="{}"))
+        await engine.aclose()
+    assert not any("json_schema" in body["sampling_params"] for body in server.bodies)
+    assert len(caplog.records) == 1
+    assert "has no grammar" in caplog.text
+
+
+def packed(positions):
+    """Experts as SGLang tells them, of 2 layers and 2 experts a token."""
+    wide = b"".join(struct.pack("<4i", 300 + p, p, 0, 7) for p in positions)
+    return base64.b64encode(wide).decode()
+
+
+@pytest.mark.parametrize("sent", [range(5, 42), range(42)], ids=["those asked for", "all"])
+@pytest.mark.anyio
+async def test_experts_are_asked_for_from_a_position_on_and_read_as_uint16(wire, sent):
+    replies = wire.replies(answer(routed_experts=packed(sent)))  # 40 prompt ids and 3 sampled
+    async with wire.serving(replies) as server:
+        generation = await generate(server, sampling=Sampling(experts_from=5), model=NANO)
+    assert server.bodies[0]["routed_experts_start_len"] == 5
+    assert server.bodies[0]["return_routed_experts"] is True
+    experts = generation.routed_experts
+    assert len(experts) == 37
+    assert struct.unpack("<4H", experts.data[:8]) == (305, 5, 0, 7)
+    assert struct.unpack("<4H", experts.data[-8:]) == (341, 41, 0, 7)
+
+
+@pytest.mark.anyio
+async def test_experts_are_not_asked_of_a_server_that_does_not_record_them(wire):
+    async with wire.serving(wire.replies(answer())) as server:
+        server.be(**serves(enable_return_routed_experts=False))
+        generation = await generate(server, sampling=Sampling(experts_from=0), model=NANO)
+    assert "return_routed_experts" not in server.bodies[0]
+    assert generation.routed_experts is None
+
+
+@pytest.mark.parametrize(
+    ("told_experts", "sentence"),
+    [
+        (packed(range(7)), "7 positions where 42 were asked for"),
+        (base64.b64encode(struct.pack("<4i", 70_000, 0, 0, 0) * 42).decode(), "above 65535"),
+        (base64.b64encode(struct.pack("<4i", -1, 0, 0, 0) * 42).decode(), "above 65535"),
+        ("?", "not base64"),
+    ],
+)
+def test_experts_that_do_not_fit_are_refused(told_experts, sentence):
+    with pytest.raises(ModelError, match=sentence):
+        generation_of(answer(routed_experts=told_experts), shape=NANO.experts)
+
+
+def test_tokens_sampled_under_two_versions_are_told_apart():
+    spans = [{"version": "default", "start": 0, "end": 1}, {"version": "8", "start": 1, "end": 3}]
+    generation = generation_of(answer(weight_version="8", weight_versions=spans))
+    assert (generation.weight_version, generation.version_spans) == (8, ((0, 1), (8, 2)))
+    one = generation_of(answer(weight_versions=spans[:1]))
+    assert one.version_spans == ()
+
+
+def events(*answers):
+    """A stream of server-sent events."""
+    lines = [b"data: " + json.dumps(one).encode() + b"\n\n" for one in answers]
+
+    async def step(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        for line in (*lines, b"data: [DONE]\n\n"):
+            await response.write(line[:9])
+            await asyncio.sleep(0)
+            await response.write(line[9:])
+        return response
+
+    return step
+
+
+async def stream(server, tell):
+    engine = SglangEngine(server.base_url, retry=QUICK)
+    try:
+        return await engine.stream((1, 2), DEFAULT, tell)
+    finally:
+        await engine.aclose()
+
+
+@pytest.mark.parametrize("repeats", [True, False], ids=["cumulative", "incremental"])
+@pytest.mark.anyio
+async def test_a_stream_tells_each_token_once_and_ends_with_the_whole(wire, repeats):
+    ids, sent = (11, 12, 2), []
+    for num in (1, 2, 3):
+        one = answer(ids[:num], weight_version="4" if num < 3 else "5")
+        info = one["meta_info"]
+        if num < 3:
+            info["finish_reason"] = None
+        if not repeats:
+            one["output_ids"] = one["output_ids"][-1:]
+            info["output_token_logprobs"] = info["output_token_logprobs"][-1:]
+        sent.append(one)
+    pieces = []
+    async with wire.serving(events(*sent)) as server:
+        generation = await stream(server, pieces.append)
+    assert server.bodies[0]["stream"] is True
+    assert [(piece.first, piece.token_ids) for piece in pieces] == [
+        (0, (11,)),
+        (1, (12,)),
+        (2, (2,)),
+    ]
+    assert [piece.weight_version for piece in pieces] == [4, 4, 5]
+    assert isinstance(pieces[0], Piece)
+    assert generation.token_ids == ids
+    assert generation.logprobs == (0.0, -0.5, -1.0)
+    assert generation.version_spans == ((4, 2), (5, 1))
+
+
+@pytest.mark.anyio
+async def test_an_error_in_the_middle_of_a_stream_is_typed(wire):
+    text = "The input (9000 tokens) is longer than the model's context length (8192 tokens)."
+    async with wire.serving(events({"error": {"message": text, "code": 400}})) as server:
+        with pytest.raises(ContextOverflow):
+            await stream(server, lambda _: None)
+    async with wire.serving(events({"error": {"message": "no such thing"}})) as server:
+        with pytest.raises(ModelError, match="no such thing"):
+            await stream(server, lambda _: None)
+    assert len(server.bodies) == 1
+
+
+@pytest.mark.anyio
+async def test_what_the_listener_of_a_stream_raises_ends_the_call(wire):
+    def tell(piece):
+        raise LookupError("mine")
+
+    async with wire.serving(events(answer())) as server:
+        with pytest.raises(LookupError, match="mine"):
+            await stream(server, tell)
+
+
+@pytest.mark.anyio
+async def test_a_stream_that_is_cut_is_asked_for_again(wire):
+    async def cut(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await response.write(b'data: {"half')
+        request.transport.close()
+        return response
+
+    pieces = []
+    async with wire.serving(cut, events(answer())) as server:
+        generation = await stream(server, pieces.append)
+    assert len(server.bodies) == 2
+    assert [piece.first for piece in pieces] == [0]
+    assert generation.token_ids == (11, 12, 2)
+
+
+@pytest.mark.anyio
+async def test_calls_of_one_key_stay_on_one_server_and_keys_spread(wire):
+    reply = wire.replies(answer())
+    async with wire.serving(reply) as one, wire.serving(reply) as two:
+        for server in (one, two):
+            server.be(**serves())
+        engine = SglangEngine([one.base_url, two.base_url], model=NANO, retry=QUICK)
+        async with anyio.create_task_group() as tasks:
+            for number in range(20):
+                sampling = Sampling(routing_key=f"dialogue {number % 4}")
+                tasks.start_soon(engine.generate, (number % 4,), sampling)
+        await engine.aclose()
+    seen = [{body["input_ids"][0] for body in server.bodies} for server in (one, two)]
+    assert seen[0] | seen[1] == {0, 1, 2, 3}
+    assert not seen[0] & seen[1]
+    assert len(seen[0]) == len(seen[1]) == 2
+
+
+@pytest.mark.anyio
+async def test_a_server_that_dies_in_a_call_gives_its_dialogues_to_the_others(wire, caplog):
+    async def dies(request: web.Request) -> web.StreamResponse:
+        request.transport.abort()
+        return web.Response()
+
+    async with wire.serving(dies) as dying, wire.serving(wire.replies(answer())) as living:
+        for server in (dying, living):
+            server.be(**serves())
+        engine = SglangEngine([dying.base_url, living.base_url], model=NANO, retry=QUICK)
+        sampling = Sampling(routing_key="mine")
+        for _ in range(3):
+            generation = await engine.generate((1, 2, 3), sampling)
+            assert generation.token_ids == (11, 12, 2)
+        await engine.aclose()
+    # One call, asked once more on a fresh connection; the others went where it had gone then.
+    assert len({body["rid"] for body in dying.bodies}) == 1
+    assert len(living.bodies) == 3
+    assert "go on elsewhere" in caplog.text
+
+
+@pytest.mark.anyio
+async def test_where_all_servers_are_gone_the_call_ends_typed_after_its_retries(wire):
+    engine = SglangEngine(["http://127.0.0.1:9", "http://127.0.0.1:1"], retry=QUICK)
+    with pytest.raises(ModelError, match="no server answers") as caught:
+        await engine.generate((1,), DEFAULT)
+    assert caught.value.retryable
+    assert await engine.are_healthy() == (False, False)
+    await engine.aclose()
+
+
+def test_addresses_are_checked_when_the_engine_is_made():
+    for urls in ([], ["http://a:1", "http://a:1"], ["ftp://a"]):
+        with pytest.raises(ConfigError):
+            SglangEngine(urls)
+
+
+def test_a_directory_gives_the_model_its_tokenizer_its_context_and_its_experts(tmp_path):
+    model = open_sglang(["http://a:1", "http://b:2"], nano_directory())
+    assert (model.context_tokens, model.name) == (8192, "http://a:1,http://b:2")
+    assert model.engine.base_urls == ("http://a:1", "http://b:2")
+    TOKENIZER.save(tmp_path)
+    with pytest.raises(ConfigError, match=r"config\.json is missing"):
+        open_sglang("http://a:1", tmp_path)
+    (tmp_path / "config.json").write_text('{"text_config": {"num_hidden_layers": 2}}')
+    with pytest.raises(ConfigError, match="lacks 'max_position_embeddings'"):
+        open_sglang("http://a:1", tmp_path)

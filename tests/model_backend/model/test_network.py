@@ -102,6 +102,27 @@ def test_the_correction_bias_chooses_experts_and_does_not_weigh_them() -> None:
     assert not bool((router(x_TD)[0] == 6).any())
 
 
+@torch.inference_mode()
+def test_replayed_experts_take_the_place_of_the_routers_choice_layer_by_layer(
+    tiny_model: KimiModel,
+) -> None:
+    (ids_T,) = random_ids(9)
+
+    def hidden(chosen: list[Tensor] | None = None, replayed: list[Tensor] | None = None) -> Tensor:
+        attention = FullAttention(tiny_model.config.text_config, [len(ids_T)])
+        places_T = torch.arange(len(ids_T))
+        found: Tensor = tiny_model(ids_T, places_T, attention, None, chosen, replayed)
+        return found
+
+    chosen: list[Tensor] = []
+    own = hidden(chosen)
+    torch.testing.assert_close(hidden(replayed=chosen), own, atol=0, rtol=0)
+    # In another order of the experts of a token: the same up to the order of a sum.
+    torch.testing.assert_close(hidden(replayed=[ids.flip(-1) for ids in chosen]), own)
+    others = [(ids + 1) % tiny_model.config.text_config.n_routed_experts for ids in chosen]
+    assert not torch.allclose(hidden(replayed=others), own, atol=1e-2)
+
+
 def test_the_router_computes_in_float32_for_a_bf16_model() -> None:
     router = Router(CONFIG).to(torch.bfloat16)
     router.e_score_correction_bias = router.e_score_correction_bias.float()

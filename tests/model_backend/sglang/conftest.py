@@ -1,18 +1,23 @@
-"""The SGLang server that ``tests/sglang/run.sh`` started, and our own model on the same weights."""
+"""The SGLang servers that ``tests/sglang/run.sh`` started, and our own model on their weights."""
 
+import importlib.util
 import os
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from swarm_sdk.model_backend.chat.tokenizer import Tokenizer
 from swarm_sdk.model_backend.model.kimi import KimiModel
-from swarm_sdk.model_backend.sglang_client import SglangEngine
+from swarm_sdk.model_backend.sglang_client import ServedModel, SglangEngine
+from swarm_sdk.model_backend.sglang_wire import ExpertsShape
 from swarm_sdk.model_backend.weights import checkpoint
 
 URL = "SWARM_SGLANG_URL"
 CHECKPOINT = "SWARM_SGLANG_CHECKPOINT"
+PARITY = Path(__file__).parents[3] / "benchmarks" / "parity.py"
 
 
 @pytest.fixture(scope="session")
@@ -37,8 +42,34 @@ def tokenizer(checkpoint_dir: Path) -> Tokenizer:
     return Tokenizer.from_dir(checkpoint_dir)
 
 
+@pytest.fixture(scope="session")
+def parity() -> ModuleType:
+    """``benchmarks/parity.py``: how our model and transformers are asked the same."""
+    spec = importlib.util.spec_from_file_location("benchmark_parity", PARITY)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def served(our_model: KimiModel, tokenizer: Tokenizer) -> ServedModel:
+    text = our_model.config.text_config
+    return ServedModel(
+        tokenizer,
+        ExpertsShape(num_layers=text.num_hidden_layers, num_chosen=text.num_experts_per_tok),
+    )
+
+
 @pytest.fixture
-async def engine(url: str, our_model: KimiModel, anyio_backend: str) -> AsyncIterator[SglangEngine]:
-    engine = SglangEngine(url, media_pad_id=our_model.config.media_placeholder_token_id)
+async def engine(url: str, served: ServedModel, anyio_backend: str) -> AsyncIterator[SglangEngine]:
+    engine = SglangEngine(url, model=served)
     yield engine
     await engine.aclose()
+
+
+@pytest.fixture(scope="session")
+def nano_url(url: str) -> str:
+    return os.environ["SWARM_SGLANG_NANO_URL"]

@@ -5,7 +5,9 @@ finished sequence at once with full attention, so the two share nothing but the 
 """
 
 import io
+import json
 import random
+import socket
 
 import anyio
 import numpy as np
@@ -13,13 +15,15 @@ import pytest
 import torch
 from PIL import Image as Pillow
 
-from swarm_sdk.errors import ContextOverflow, ModelError
+from swarm_sdk.config import open_model
+from swarm_sdk.errors import ConfigError, ContextOverflow, ModelError
 from swarm_sdk.model_backend.chat.dialogue import TokenModel
 from swarm_sdk.model_backend.chat.template import ChatFormat
 from swarm_sdk.model_backend.http import ServerClient
 from swarm_sdk.model_backend.model import media
 from swarm_sdk.model_backend.model.mla import FullAttention
 from swarm_sdk.model_backend.openai_client import OpenAIModel
+from swarm_sdk.model_backend.sglang_weights import SglangWeights
 from swarm_sdk.types import Image, Message, Sampling, ToolSpec
 
 pytestmark = [pytest.mark.sglang, pytest.mark.anyio, pytest.mark.timeout(180)]
@@ -234,6 +238,172 @@ async def test_a_picture_is_seen_as_our_model_sees_it(engine, our_model, tokeniz
     other = media.MediaBatch.of([media.preprocess_image(Pillow.new("RGB", (110, 75)))])
     blind = our_logprobs(our_model, prompt, generation, batch=other)
     assert np.abs(blind - ours).mean() > MEAN_LOGPROB_BOUND
+
+
+async def test_the_same_pictures_agree_in_our_model_transformers_and_sglang(
+    engine, our_model, tokenizer, checkpoint_dir, parity
+):
+    draw, special = np.random.default_rng(1), tokenizer.special
+    pictures, items = [], []
+    for height, width in ((75, 110), (300, 41)):
+        encoded = io.BytesIO()
+        pixels = draw.integers(0, 255, (height, width, 3), dtype=np.uint8)
+        Pillow.fromarray(pixels).save(encoded, "PNG")
+        pictures.append(Image(encoded.getvalue()))
+        items.append(media.preprocess_image(media.decode_image(encoded.getvalue())))
+    begin, end = [special.media_begin], [special.media_end]
+    parts = (
+        [*random_ids(10, seed=17), *begin],
+        items[0],
+        [*end, *random_ids(5, seed=18), *begin],
+        items[1],
+        [*end, *random_ids(10, seed=19)],
+    )
+    prompt = parity.Case(parts).token_ids(special.media_pad, special.media_pad)
+    generation = await engine.generate(prompt, Sampling(max_tokens=16), pictures)
+    reference = parity.load_reference(checkpoint_dir)
+    with torch.no_grad():
+        features = our_model.encode_media(media.MediaBatch.of(items))
+        theirs = parity._reference_features(reference, items)
+    assert (features - theirs).abs().max() <= 1e-4 * theirs.abs().max()
+    case = parity.Case((*parts[:-1], [*parts[-1], *generation.token_ids]))
+    sampled = torch.tensor(generation.token_ids)[:, None]
+    for logits in (parity.our_logits(our_model, case), parity.reference_logits(reference, case)):
+        logprobs = logits[len(prompt) - 1 : -1].log_softmax(-1).gather(1, sampled).squeeze(1)
+        assert_same_logprobs(generation, logprobs.numpy())
+
+
+async def test_a_clip_is_refused_in_one_sentence_for_sglang_takes_pictures_only(engine, tokenizer):
+    special = tokenizer.special
+    prompt = (5, special.media_begin, special.media_pad, special.media_end, 6)
+    clip = Image(b"\x00\x00\x00\x18ftypmp42", "video/mp4", name="clip.mp4")
+    with pytest.raises(ConfigError, match=r"clip\.mp4 is no picture"):
+        await engine.generate(prompt, Sampling(max_tokens=2), [clip])
+
+
+async def test_a_stream_brings_the_tokens_one_by_one_and_the_same_as_at_once(engine):
+    prompt, sampling = random_ids(60, seed=12), Sampling(temperature=0, max_tokens=12)
+    at_once = await engine.generate(prompt, sampling)
+    pieces = []
+    streamed = await engine.stream(prompt, sampling, pieces.append)
+    assert streamed.token_ids == at_once.token_ids
+    assert tuple(one for piece in pieces for one in piece.token_ids) == streamed.token_ids
+    assert [piece.first for piece in pieces] == list(range(len(pieces)))
+
+
+async def test_a_turn_is_held_to_a_json_schema_by_the_grammar(engine, tokenizer):
+    schema = {
+        "type": "object",
+        "properties": {"ok": {"type": "boolean"}},
+        "required": ["ok"],
+        "additionalProperties": False,
+    }
+    sampling = Sampling(
+        max_tokens=60,
+        json_schema=json.dumps(schema),
+        stop_token_ids=(tokenizer.special.im_end,),
+    )
+    generation = await engine.generate(random_ids(20, seed=13), sampling)
+    if generation.finish_reason == "stop":  # random weights may write spaces for ever
+        assert isinstance(json.loads(tokenizer.decode(generation.token_ids[:-1]))["ok"], bool)
+    else:
+        assert set(tokenizer.decode(generation.token_ids)) <= set('{}"ok:truefals \n\t\r')
+
+
+async def test_recorded_experts_are_those_that_our_model_chooses(engine, our_model):
+    prompt = random_ids(50, seed=14)
+    generation = await engine.generate(prompt, Sampling(max_tokens=20, experts_from=10))
+    ids = torch.tensor([*prompt, *generation.token_ids])
+    chosen = []
+    with torch.no_grad():
+        attention = FullAttention(our_model.config.text_config, [len(ids)])
+        our_model(ids, torch.arange(len(ids)), attention, None, chosen)
+    experts = generation.routed_experts
+    assert len(experts) == len(ids) - 1 - 10
+    told = np.frombuffer(experts.data, dtype="<u2").reshape(-1, experts.num_layers, 4)
+    ours = torch.stack([one[10:-1] for one in chosen], dim=1).sort(-1).values.numpy()
+    first_mixture = our_model.config.text_config.first_k_dense_replace
+    agrees = (np.sort(told[:, first_mixture:], axis=-1) == ours).all(axis=-1)
+    assert agrees.mean() >= 0.99  # a tie may fall otherwise
+
+
+async def test_a_server_of_another_tokenizer_is_named_before_any_work(url, nano_url):
+    model = open_model(f"sglang:{url}")  # nano's tokenizer; the server's is another
+    dialogue = model.dialogue([])
+    dialogue.observe([Message("user", "hi")])
+    with pytest.raises(ConfigError, match="tokenizer is another than ours"):
+        await dialogue.sample(Sampling(max_tokens=4))
+    await model.aclose()
+    right = open_model(f"sglang:{nano_url}")
+    dialogue = right.dialogue([])
+    dialogue.observe([Message("user", "hi")])
+    assert (await dialogue.sample(Sampling(max_tokens=4))).generation.token_ids
+    await right.aclose()
+
+
+async def test_a_picture_that_cannot_be_read_is_one_sentence(engine, tokenizer):
+    special = tokenizer.special
+    prompt = (5, special.media_begin, special.media_pad, special.media_end, 6)
+    with pytest.raises(ModelError, match="image") as caught:
+        await engine.generate(prompt, Sampling(max_tokens=2), [Image(b"no picture")])
+    assert not caught.value.retryable
+
+
+@pytest.mark.parametrize("in_flight", ["retract", "keep", "abort"])
+async def test_a_request_in_flight_goes_on_with_new_weights_and_tells_which_sampled_what(
+    url, engine, our_model, in_flight
+):
+    weights = {name: tensor.detach() for name, tensor in our_model.named_parameters()}
+    scaled = {name: tensor * 1.03125 for name, tensor in weights.items()}
+    sink = SglangWeights(url, our_model.config, in_flight=in_flight)
+    await sink.update_weights(weights, 1)
+    found = []
+
+    async def call():
+        sampling = Sampling(max_tokens=300)
+        found.append(await engine.generate(random_ids(20, seed=15), sampling))
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(call)
+        await anyio.sleep(1.0)
+        await sink.update_weights(scaled, 2)
+    await sink.update_weights(weights, 3)
+    await sink.aclose()
+    (generation,) = found
+    assert generation.finish_reason in ("stop", "length")
+    assert generation.weight_version == 2
+    spans = generation.version_spans
+    if in_flight == "abort":  # asked anew, so all of it is of the new weights
+        assert spans == ()
+    else:
+        assert [version for version, _ in spans] == [1, 2]
+        assert sum(num for _, num in spans) == len(generation.token_ids)
+
+
+async def test_weights_over_a_process_group_and_memory_given_back_restore_the_output(
+    url, engine, our_model
+):
+    weights = {name: tensor.detach() for name, tensor in our_model.named_parameters()}
+    prompt, sampling = random_ids(40, seed=16), Sampling(temperature=0, max_tokens=12)
+    sink = SglangWeights(url, our_model.config, way="distributed")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    await sink.join("127.0.0.1", port)
+    await sink.update_weights(weights, 1)
+    before = await engine.generate(prompt, sampling)
+    await sink.update_weights({name: tensor * 1.25 for name, tensor in weights.items()}, 2)
+    other = await engine.generate(prompt, sampling)
+    await sink.release_memory()
+    await sink.resume_memory()
+    await sink.update_weights(weights, 3)
+    after = await engine.generate(prompt, sampling)
+    await sink.leave()
+    await sink.aclose()
+    assert sink.is_verified
+    assert (before.token_ids, before.logprobs) == (after.token_ids, after.logprobs)
+    assert other.logprobs != before.logprobs
+    assert [one.weight_version for one in (before, other, after)] == [1, 2, 3]
 
 
 async def test_the_same_server_answers_chat_completions_with_our_templates_tokens(url, tokenizer):

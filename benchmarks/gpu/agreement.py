@@ -1,0 +1,184 @@
+"""The trainer's log-probabilities beside those that SGLang sampled with, and routing replayed.
+
+    bash benchmarks/gpu/machine.sh agreement --json > agreement-h200.json
+    python benchmarks/gpu/agreement.py --device cpu --mini          proves the way
+
+    SGLang samples, and records which experts it chose ─> the same tokens through our model in one
+    pass: with its own routing (plain), and with the recorded one (replayed)
+
+Keys, by model (random: 384 experts, random weights, where ties abound; nano: trained) and by the
+trainer's precision (float32, bfloat16; the weights are the same bfloat16): plain, replayed (mean
+|difference|), max_plain, max_replayed, flipped (share of (token, layer) pairs with other experts in
+our model).
+mean_abs_dlogprob_plain and mean_abs_dlogprob_replayed are those of `random` in float32.
+tokens_per_s and tokens_per_s_recorded: without and with experts asked for, 32 calls at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import anyio
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "gpu")]
+
+from report import report  # noqa: E402 - benchmarks/report.py
+from server import Server, middle, write_checkpoint, write_nano  # noqa: E402
+
+from swarm_sdk.config import nano_directory  # noqa: E402
+from swarm_sdk.model_backend.model.kimi import KimiModel  # noqa: E402
+from swarm_sdk.model_backend.model.mla import FullAttention  # noqa: E402
+from swarm_sdk.model_backend.sglang_client import SglangEngine, open_sglang  # noqa: E402
+from swarm_sdk.model_backend.weights import checkpoint  # noqa: E402
+from swarm_sdk.types import Generation, Sampling  # noqa: E402
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--models", default="random,nano")
+    parser.add_argument("--calls", type=int, default=32)
+    parser.add_argument("--prompt-tokens", type=int, default=64)
+    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--server-flags", default="", help="as --enable-deterministic-inference")
+    parser.add_argument("--out", type=Path, help="keeps the servers' logs")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--mini", action="store_true", help="nano only, a few calls")
+    options = parser.parse_args()
+    if options.mini:
+        options.models, options.calls, options.max_tokens = "nano", 4, 12
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        logs = options.out or Path(scratch)
+        logs.mkdir(parents=True, exist_ok=True)
+        for name in options.models.split(","):
+            try:
+                results[name] = measure(name, Path(scratch) / name, logs, options)
+            except Exception as error:  # noqa: BLE001 - the boundary: the other model still counts
+                results[name] = {"error": f"{type(error).__name__}: {error}"[-2_000:]}
+    best = results.get("random", results.get("nano", {})).get("float32", {})
+    results["mean_abs_dlogprob_plain"] = best.get("plain")
+    results["mean_abs_dlogprob_replayed"] = best.get("replayed")
+    settings = {key: value for key, value in vars(options).items() if key not in ("out", "json")}
+    report("agreement", settings, results, {}, as_json=options.json)
+
+
+def measure(name: str, folder: Path, logs: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """One model: sampled by SGLang, scored by ours."""
+    if name == "nano":
+        write_nano(folder)
+    else:
+        write_checkpoint(folder, middle(), options.device)
+    flags = options.server_flags.split()
+    if options.device == "cuda":
+        flags += ["--mem-fraction-static", "0.5", "--context-length", "8192"]
+        flags += ["--cuda-graph-bs", "1", "8", "32"]
+    log = logs / f"agreement-{name}.log"
+    with Server(folder, log, device=options.device, flags=flags) as server:
+        sampled, figures = anyio.run(sample, server.url, folder, options)
+    source = nano_directory() if name == "nano" else folder
+    for precision, dtype in PRECISIONS.items():
+        model = checkpoint.load(source, dtype=dtype, device=options.device)
+        figures[precision] = compare(model, sampled)
+        del model
+    return figures
+
+
+async def sample(
+    url: str, folder: Path, options: argparse.Namespace
+) -> tuple[list[tuple[tuple[int, ...], Generation]], dict[str, Any]]:
+    """Calls side by side, with and without experts; those with are kept."""
+    engine = open_sglang(url, folder).engine
+    assert isinstance(engine, SglangEngine)
+    draw = random.Random(0)
+    rates: dict[str, float] = {}
+    kept: list[tuple[tuple[int, ...], Generation]] = []
+    for kind, experts_from in (("", None), ("tokens_per_s", None), ("tokens_per_s_recorded", 0)):
+        prompts = [
+            tuple(draw.randrange(300, 3_000) for _ in range(options.prompt_tokens))
+            for _ in range(options.calls)
+        ]
+        kept.clear()
+
+        async def one(prompt: tuple[int, ...], experts_from: int | None) -> None:
+            sampling = Sampling(max_tokens=options.max_tokens, experts_from=experts_from)
+            kept.append((prompt, await engine.generate(prompt, sampling)))
+
+        began_s = time.perf_counter()
+        async with anyio.create_task_group() as tasks:
+            for prompt in prompts:
+                tasks.start_soon(one, prompt, experts_from)
+        seconds = time.perf_counter() - began_s
+        if kind:
+            rates[kind] = sum(len(generation.token_ids) for _, generation in kept) / seconds
+    await engine.aclose()
+    return list(kept), dict(rates)
+
+
+@torch.inference_mode()
+def compare(
+    model: KimiModel, sampled: list[tuple[tuple[int, ...], Generation]]
+) -> dict[str, float]:
+    """Differences of all sampled tokens, with our routing and with the recorded one."""
+    text = model.config.text_config
+    device = model.embed_tokens.weight.device
+    plain: list[torch.Tensor] = []
+    replayed: list[torch.Tensor] = []
+    flipped: list[torch.Tensor] = []
+    for prompt, generation in sampled:
+        experts = generation.routed_experts
+        if experts is None:
+            raise RuntimeError("the server records no experts: --enable-return-routed-experts")
+        ids = torch.tensor([*prompt, *generation.token_ids], device=device)
+        told = torch.frombuffer(bytearray(experts.data), dtype=torch.uint16).to(torch.int64)
+        told = told.reshape(-1, experts.num_layers, experts.num_chosen)
+        told = told[:, text.first_k_dense_replace :].to(device)
+        # The last id predicts nothing, so it need not run.
+        chosen: list[torch.Tensor] = []
+        mine = logprobs(model, ids, len(prompt), chosen=chosen)
+        theirs = logprobs(model, ids, len(prompt), replayed=told.unbind(1))
+        recorded = torch.tensor(generation.logprobs, device=device)
+        plain.append((recorded - mine).abs())
+        replayed.append((recorded - theirs).abs())
+        own = torch.stack(chosen, dim=1)
+        flipped.append((own.sort(-1).values != told.sort(-1).values).any(-1).float().flatten())
+    return {
+        "tokens": sum(len(one) for one in plain),
+        "plain": float(torch.cat(plain).mean()),
+        "replayed": float(torch.cat(replayed).mean()),
+        "max_plain": float(torch.cat(plain).max()),
+        "max_replayed": float(torch.cat(replayed).max()),
+        "flipped": float(torch.cat(flipped).mean()),
+    }
+
+
+def logprobs(
+    model: KimiModel,
+    ids: torch.Tensor,
+    num_prompt: int,
+    *,
+    chosen: list[torch.Tensor] | None = None,
+    replayed: Sequence[torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Log-probabilities of the sampled ids, in one pass over all but the last."""
+    read = ids[:-1]
+    attention = FullAttention(model.config.text_config, [len(read)])
+    positions = torch.arange(len(read), device=ids.device)
+    hidden = model(read, positions, attention, None, chosen, replayed)
+    logits = model.logits(hidden[num_prompt - 1 :])
+    return logits.log_softmax(-1).gather(1, ids[num_prompt:, None]).squeeze(1)
+
+
+if __name__ == "__main__":
+    main()

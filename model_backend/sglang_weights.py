@@ -1,0 +1,600 @@
+"""New weights for SGLang servers, while they serve.
+
+    update_weights   check names and shapes ─> pause ─> begin ─┬─ tensor: buckets ──────┬─> end
+                                                               └─ distributed: buckets ─┘    │
+    load             check the files' headers ─> pause ─> update_weights_from_disk           │
+                                      continue <── compare checksums <───────────────────────┘
+
+    a bucket   tensors end to end as bytes, and where each lies; Hugging Face names
+               on a GPU: its memory is opened by the server (CUDA IPC), nothing is copied over
+               on a CPU: the bytes travel in the request
+    in_flight  retract   requests go back to the queue; their keys are computed anew
+               keep      they go on with the keys of the old weights (each token's version is told)
+               abort     they are ended, and ``SglangEngine`` asks for them again
+
+SGLang fuses tensors in the same way as ``KimiModel`` does, so its checksums can be computed here
+from our parameters by renaming alone (SGLang 0.5.23 on the CPU: SHA-256; 0.5.11 tells none).
+If an update breaks off after the first bucket, the server holds a mixture: it stays paused, so that
+no token is sampled from it, until an update succeeds.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import logging
+import pickle
+import re
+from dataclasses import dataclass
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import anyio
+import anyio.to_thread
+import torch
+import torch.multiprocessing
+from safetensors import SafetensorError, safe_open
+
+from swarm_sdk.errors import ConfigError, ModelError
+from swarm_sdk.model_backend.http import ServerClient
+from swarm_sdk.model_backend.weight_sink import check_shapes
+from swarm_sdk.model_backend.weights.names import CheckpointTensor, checkpoint_tensors
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from torch import Tensor
+
+    from swarm_sdk.model_backend.model.config import KimiConfig
+
+_log = logging.getLogger(__name__)
+
+Way = Literal["tensor", "distributed"]
+InFlight = Literal["retract", "keep", "abort"]
+_PAUSE_MODE: Final[dict[InFlight, str]] = {
+    "retract": "retract",
+    "keep": "in_place",
+    "abort": "abort",
+}
+BUCKET_BYTES: Final = 2**30
+GROUP: Final = "swarm_weights"
+NOT_FOUND: Final = 404
+
+# From our names to SGLang's: all else is the same.
+_RENAMED: Final = (
+    (r"^(vision_tower\..*)\.wqkv\.", r"\1.attn.qkv_proj."),
+    (r"^(vision_tower\..*)\.wo\.", r"\1.attn.proj."),
+    (r"^mm_projector\.proj\.0\.", "mm_projector.linear_1."),
+    (r"^mm_projector\.proj\.2\.", "mm_projector.linear_2."),
+    (r"\.qkv_a_proj\.", ".fused_qkv_a_proj_with_mqa."),
+    (r"\.experts\.gate_up_proj$", ".experts.w13_weight"),
+    (r"\.experts\.down_proj$", ".experts.w2_weight"),
+    (r"^lm_head\.", "language_model.lm_head."),
+    (r"^(?=embed_tokens\.|layers\.|norm\.)", "language_model.model."),
+)
+
+
+def sglang_name(parameter: str) -> str:
+    """What SGLang calls a parameter of ``KimiModel``.
+
+    >>> sglang_name("layers.1.mlp.experts.gate_up_proj")
+    'language_model.model.layers.1.mlp.experts.w13_weight'
+    """
+    for pattern, into in _RENAMED:
+        parameter = re.sub(pattern, into, parameter)
+    return parameter
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bucket:
+    """Tensors end to end."""
+
+    names: tuple[str, ...]
+    """Hugging Face names."""
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[torch.dtype, ...]
+    content: Tensor
+    """uint8 [bytes], on the device of the weights."""
+
+
+def buckets(
+    state_dict: Mapping[str, Tensor],
+    tensors: Sequence[CheckpointTensor],
+    dtype: torch.dtype,
+    max_bytes: int = BUCKET_BYTES,
+) -> Iterator[Bucket]:
+    """Cast and join the ``tensors`` of a model, in their order, at most ``max_bytes`` together.
+
+    A tensor above ``max_bytes`` has a bucket of its own. Each bucket is fresh memory: a server may
+    still read the one before.
+    """
+    held: list[tuple[CheckpointTensor, Tensor]] = []
+    num_bytes = 0
+    for tensor in tensors:
+        part = tensor.part_of(state_dict[tensor.parameter]).detach()
+        part = part.to(torch.float32 if tensor.is_float32 else dtype)
+        # Float32 first in a bucket or after bfloat16 of an odd count would not be aligned.
+        if held and (
+            num_bytes + part.nbytes > max_bytes or num_bytes % max(part.element_size(), 4)
+        ):
+            yield _bucket(held)
+            held, num_bytes = [], 0
+        held.append((tensor, part))
+        num_bytes += part.nbytes
+    if held:
+        yield _bucket(held)
+
+
+def _bucket(held: Sequence[tuple[CheckpointTensor, Tensor]]) -> Bucket:
+    return Bucket(
+        names=tuple(tensor.name for tensor, _ in held),
+        shapes=tuple(tensor.shape for tensor, _ in held),
+        dtypes=tuple(part.dtype for _, part in held),
+        content=torch.cat([part.reshape(-1).view(torch.uint8) for _, part in held]),
+    )
+
+
+def serialized(bucket: Bucket) -> str:
+    """A bucket as SGLang's ``update_weights_from_tensor`` reads it: base64 of a pickle.
+
+    On a GPU it holds a handle to the memory, which must stay until the server has answered.
+    """
+    metadata, start = [], 0
+    for name, shape, dtype in zip(bucket.names, bucket.shapes, bucket.dtypes, strict=True):
+        num_bytes = torch.Size(shape).numel() * dtype.itemsize
+        metadata.append(
+            # SGLang's own class, read by attribute alone, so that this process need not have it.
+            SimpleNamespace(
+                name=name,
+                shape=torch.Size(shape),
+                dtype=dtype,
+                start_idx=start,
+                end_idx=start + num_bytes,
+                numel=num_bytes,
+            )
+        )
+        start += num_bytes
+    stream = io.BytesIO()
+    pickler = ForkingPickler if bucket.content.is_cuda else pickle.Pickler
+    pickler(stream).dump({"flattened_tensor": bucket.content, "metadata": metadata})
+    return base64.b64encode(stream.getvalue()).decode("ascii")
+
+
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    num_ranks: int
+    """Processes of its tensor parallelism."""
+    dtype: torch.dtype
+
+
+class SglangWeights:
+    """The ``WeightSink`` of SGLang servers that hold the same model."""
+
+    def __init__(
+        self,
+        base_urls: str | Sequence[str],
+        config: KimiConfig,
+        *,
+        way: Way = "tensor",
+        in_flight: InFlight = "retract",
+        parameters: Sequence[str] | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        bucket_bytes: int = BUCKET_BYTES,
+        verifies: bool = True,
+        api_key: str | None = None,
+        timeout_s: float = 600.0,
+    ) -> None:
+        """Connect to nothing yet.
+
+        ``parameters`` are those that every update holds, by their names in ``KimiModel``; ``None``
+        for all of them, the router's correction biases left out (they are buffers). ``dtype`` is
+        what travels. ``verifies`` compares the servers' checksums after each update, where they
+        tell them.
+
+        Raises:
+            ConfigError: an address is none, or ``parameters`` names one that the model has not.
+        """
+        urls = [base_urls] if isinstance(base_urls, str) else list(base_urls)
+        if not urls:
+            raise ConfigError("give SglangWeights one address or several")
+        self._clients = [ServerClient(url, api_key=api_key, timeout_s=timeout_s) for url in urls]
+        every = list(checkpoint_tensors(config))
+        known = dict.fromkeys(tensor.parameter for tensor in every)
+        wanted = set(_trained(known) if parameters is None else parameters)
+        if unknown := sorted(wanted - set(known)):
+            raise ConfigError(f"the model has no parameter '{unknown[0]}'")
+        self._every = every
+        self._tensors = [tensor for tensor in every if tensor.parameter in wanted]
+        self._shapes = _parameter_shapes(self._tensors)
+        self._way, self._in_flight, self._dtype = way, in_flight, dtype
+        self._bucket_bytes, self._verifies = bucket_bytes, verifies
+        self._known: dict[ServerClient, _Facts] = {}
+        self._lock = anyio.Lock()
+        self._version = 0
+        self._is_paused = False
+        self._group: Any = None
+        self.is_verified: bool | None = None
+        """Whether the last update's checksums were compared (and equal, or it had raised)."""
+
+    @property
+    def weight_version(self) -> int:
+        """As ``WeightSink.weight_version``: of the last update through this sink."""
+        return self._version
+
+    async def update_weights(self, state_dict: Mapping[str, Tensor], weight_version: int) -> None:
+        """Send all parameters to all servers; see ``WeightSink.update_weights``.
+
+        Raises:
+            ConfigError: a tensor is missing, extra or misshapen; nothing was sent.
+            ModelError: a server failed, or its checksums differ; it is paused if it may hold a
+                mixture.
+        """
+        check_shapes(
+            {name: tuple(tensor.shape) for name, tensor in state_dict.items()}, self._shapes
+        )
+        async with self._lock:
+            await self._pause()
+            await self._begin()
+            content = buckets(state_dict, self._tensors, self._dtype, self._bucket_bytes)
+            for bucket, is_last in _marking_the_last(content):
+                how = {"weight_version": str(weight_version)} if is_last else {}
+                await self._send(bucket, {"flush_cache": False, **how})
+                if bucket.content.is_cuda:  # the servers have closed the memory of those before
+                    torch.cuda.ipc_collect()  # type: ignore[no-untyped-call]
+            await self._all("/end_weight_update", {}, or_missing=True)
+            await self._flush()
+            await self._verify(state_dict)
+            self._version = weight_version
+            await self._continue()
+
+    async def load(self, directory: str | Path, weight_version: int) -> None:
+        """Have all servers read a checkpoint that they can see at ``directory``.
+
+        Raises:
+            ConfigError: a tensor in it is missing, extra or misshapen, or a file cannot be read;
+                nothing was changed.
+            ModelError: a server failed; SGLang goes back to the weights before by itself.
+        """
+        found = await anyio.to_thread.run_sync(_shapes_in, Path(directory))
+        expected = {tensor.name: tensor.shape for tensor in self._every}
+        check_shapes(found, expected, what=f"the weights in '{directory}'")
+        async with self._lock:
+            await self._pause()
+            await self._all(
+                "/update_weights_from_disk",
+                {
+                    "model_path": str(directory),
+                    "weight_version": str(weight_version),
+                    "flush_cache": False,
+                },
+            )
+            await self._flush()
+            self._version, self.is_verified = weight_version, False
+            await self._continue()
+
+    async def checksums(self) -> list[dict[str, str] | None]:
+        """Of each server: hash of each of its tensors by SGLang's name; ``None`` if it tells none.
+
+        Raises:
+            ModelError: a server failed.
+        """
+        found: list[dict[str, str] | None] = []
+        for client in self._clients:
+            try:
+                answer = await client.post("/weights_checker", {"action": "checksum"})
+                ranks = answer["ranks"]
+            except ModelError as error:
+                if error.status is None:
+                    raise
+                found.append(None)  # SGLang 0.5.11 knows no such action
+            except (KeyError, TypeError):
+                found.append(None)
+            else:
+                found.append(dict(ranks[0]["checksums"]) if len(ranks) == 1 else None)
+        return found
+
+    async def release_memory(self) -> None:
+        """Give back the servers' GPU memory: weights and cache are gone, requests wait.
+
+        For servers started with ``--enable-memory-saver``. Undo it with ``resume_memory`` and an
+        update, which lets requests go on.
+
+        Raises:
+            ModelError: a server holds requests (with ``in_flight="abort"`` it never does), or
+                failed.
+        """
+        async with self._lock:
+            await self._pause()
+            await self._each(self._check_idle)
+            await self._all("/release_memory_occupation", {})
+
+    async def resume_memory(self) -> None:
+        """Take the memory again; what is in it is undefined until the next update.
+
+        Raises:
+            ModelError: a server failed.
+        """
+        async with self._lock:
+            await self._all("/resume_memory_occupation", {})
+
+    async def join(self, master_address: str, master_port: int, backend: str = "gloo") -> None:
+        """Form the process group of the way ``distributed``: this process is its rank 0.
+
+        ``backend`` is ``nccl`` between GPUs; two processes of one GPU cannot form such a group.
+
+        Raises:
+            ModelError: a server failed to join.
+        """
+        sizes = [(await self._facts(client)).num_ranks for client in self._clients]
+
+        async def join(client: ServerClient, rank_offset: int) -> None:
+            await client.post(
+                "/init_weights_update_group",
+                {
+                    "master_address": master_address,
+                    "master_port": master_port,
+                    "rank_offset": rank_offset,
+                    "world_size": 1 + sum(sizes),
+                    "group_name": GROUP,
+                    "backend": backend,
+                },
+            )
+
+        async with anyio.create_task_group() as tasks:
+            for index, client in enumerate(self._clients):
+                offset = 1 + sum(sizes[:index])
+                tasks.start_soon(join, client, offset, name=f"join {client.base_url}")
+            self._group = await anyio.to_thread.run_sync(
+                _new_group, f"tcp://{master_address}:{master_port}", 1 + sum(sizes), backend
+            )
+
+    async def leave(self) -> None:
+        """Dissolve the process group.
+
+        Raises:
+            ModelError: a server failed.
+        """
+        if self._group is not None:
+            await self._all("/destroy_weights_update_group", {"group_name": GROUP})
+            torch.distributed.destroy_process_group(self._group)
+            self._group = None
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        for client in self._clients:
+            await client.aclose()
+
+    # -- steps -----------------------------------------------------------------------------------
+
+    async def _begin(self) -> None:
+        """Open a session, where the server has them; one that a broken update left is closed."""
+        try:
+            await self._all("/begin_weight_update", {}, or_missing=True)
+        except ModelError as error:
+            if "already open" not in str(error):
+                raise
+            await self._all("/end_weight_update", {})
+            await self._all("/begin_weight_update", {})
+
+    async def _send(self, bucket: Bucket, how: dict[str, Any]) -> None:
+        if self._way == "tensor":
+            content = await anyio.to_thread.run_sync(serialized, bucket)
+            if bucket.content.is_cuda:
+                torch.cuda.synchronize()  # the server's process reads it next
+            for_ranks = {
+                client: [content] * (await self._facts(client)).num_ranks
+                for client in self._clients
+            }
+
+            async def post(client: ServerClient) -> None:
+                await client.post(
+                    "/update_weights_from_tensor",
+                    {
+                        "serialized_named_tensors": for_ranks[client],
+                        "load_format": "flattened_bucket",
+                        **how,
+                    },
+                )
+
+            await self._each(post)
+            return
+        if self._group is None:
+            raise ConfigError("the way 'distributed' needs SglangWeights.join before an update")
+        told = {
+            "names": bucket.names,
+            "dtypes": [str(dtype).removeprefix("torch.") for dtype in bucket.dtypes],
+            "shapes": bucket.shapes,
+            "group_name": GROUP,
+            "load_format": "flattened_bucket",
+            **how,
+        }
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._all, "/update_weights_from_distributed", told, name="update")
+            await anyio.to_thread.run_sync(
+                lambda: torch.distributed.broadcast(bucket.content, src=0, group=self._group)
+            )
+
+    async def _verify(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Compare what the servers hold with what was sent.
+
+        Raises:
+            ModelError: a tensor differs; the server stays paused.
+        """
+        self.is_verified = False
+        if not self._verifies or any(tensor.is_cuda for tensor in state_dict.values()):
+            return  # a server on a GPU hashes by a kernel of its own
+        told = await self.checksums()
+        for client, checksums in zip(self._clients, told, strict=True):
+            if checksums is None:
+                _log.warning("%s tells no checksums; the update is not verified", client.base_url)
+                return
+            dtype = (await self._facts(client)).dtype
+            unlike = await anyio.to_thread.run_sync(self._unlike, state_dict, checksums, dtype)
+            if unlike:
+                raise ModelError(
+                    f"{client.base_url} holds other weights than were sent: {len(unlike)} tensors "
+                    f"differ, the first is {unlike[0]}; it is paused until an update succeeds"
+                )
+        self.is_verified = True
+
+    def _unlike(
+        self, state_dict: Mapping[str, Tensor], checksums: Mapping[str, str], dtype: torch.dtype
+    ) -> list[str]:
+        float32 = {tensor.parameter for tensor in self._tensors if tensor.is_float32}
+        unlike = []
+        for name, tensor in state_dict.items():
+            sent = tensor.detach()
+            if name not in float32:
+                sent = sent.to(self._dtype).to(dtype)
+            if checksums.get(sglang_name(name)) != checksum(sent):
+                unlike.append(name)
+        return unlike
+
+    async def _flush(self) -> None:
+        """Forget the keys of the old weights, unless requests are to keep them.
+
+        By a call of its own: SGLang 0.5.11 ends if it cannot flush within an update.
+        """
+
+        async def flush(client: ServerClient) -> None:
+            try:
+                await client.command("/flush_cache", {})
+            except ModelError as error:
+                raise ModelError(
+                    f"{client.base_url} has the new weights and keeps keys of the old, for "
+                    "requests wait and this SGLang cannot flush then; it is paused: publish with "
+                    'in_flight="abort"'
+                ) from error
+
+        if self._in_flight != "keep":
+            await self._each(flush)
+
+    async def _check_idle(self, client: ServerClient) -> None:
+        loads = (await client.get("/v1/loads"))["loads"]
+        num = sum(load["num_running_reqs"] + load["num_waiting_reqs"] for load in loads)
+        if num:
+            await client.post("/continue_generation", {})
+            self._is_paused = False
+            raise ModelError(f"{client.base_url} holds {num} requests; wait for them or abort them")
+
+    async def _pause(self) -> None:
+        if not self._is_paused:
+            await self._all("/pause_generation", {"mode": _PAUSE_MODE[self._in_flight]})
+            self._is_paused = True
+
+    async def _continue(self) -> None:
+        await self._all("/continue_generation", {})
+        self._is_paused = False
+
+    async def _all(self, path: str, payload: dict[str, Any], *, or_missing: bool = False) -> None:
+        """Post to all servers at once; with ``or_missing`` those without ``path`` are passed by."""
+
+        async def post(client: ServerClient) -> None:
+            try:
+                answer = await client.post(path, payload)
+            except ModelError as error:
+                if or_missing and error.status == NOT_FOUND:
+                    return
+                raise
+            if isinstance(answer, dict) and answer.get("success") is False:
+                raise ModelError(f"{client.base_url}{path} failed: {answer.get('message')}")
+
+        await self._each(post)
+
+    async def _each(self, do: Any) -> None:
+        """Run ``do`` for all servers side by side and raise the first failure as it is."""
+        try:
+            async with anyio.create_task_group() as tasks:
+                for client in self._clients:
+                    tasks.start_soon(do, client, name=f"weights of {client.base_url}")
+        except BaseExceptionGroup as failures:
+            raise failures.exceptions[0] from failures
+
+    async def _facts(self, client: ServerClient) -> _Facts:
+        """What an update must know of a server; asked once."""
+        facts = self._known.get(client)
+        if facts is None:
+            told = await client.get("/server_info")
+            try:
+                dtype = "bfloat16" if told["dtype"] == "auto" else str(told["dtype"])
+                facts = _Facts(int(told["tp_size"]), getattr(torch, dtype))
+            except (KeyError, TypeError, AttributeError) as error:
+                raise ModelError(
+                    f"{client.base_url} answers, but not as a SGLang server does"
+                ) from error
+            self._known[client] = facts
+        return facts
+
+
+def _marking_the_last(content: Iterator[Bucket]) -> Iterator[tuple[Bucket, bool]]:
+    held: Bucket | None = None
+    for bucket in content:
+        if held is not None:
+            yield held, False
+        held = bucket
+    if held is not None:
+        yield held, True
+
+
+def checksum(tensor: Tensor) -> str:
+    """SGLang's hash of a tensor on the CPU: the first 8 bytes of SHA-256, in hex."""
+    content = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(content.data).hexdigest()[:16]
+
+
+def _trained(names: Mapping[str, None]) -> Iterator[str]:
+    return (name for name in names if not name.endswith("e_score_correction_bias"))
+
+
+def _parameter_shapes(tensors: Sequence[CheckpointTensor]) -> dict[str, tuple[int, ...]]:
+    """Shapes of our parameters, put together from the parts of the checkpoint."""
+    rows: dict[str, int] = {}
+    experts: dict[str, int] = {}
+    tails: dict[str, tuple[int, ...]] = {}
+    for tensor in tensors:
+        name = tensor.parameter
+        rows[name] = max(rows.get(name, 0), (tensor.first_row or 0) + tensor.shape[0])
+        experts[name] = max(experts.get(name, 0), 0 if tensor.expert is None else tensor.expert + 1)
+        tails[name] = tensor.shape[1:]
+    return {
+        name: (*((experts[name],) if experts[name] else ()), rows[name], *tails[name])
+        for name in rows
+    }
+
+
+def _shapes_in(directory: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a checkpoint, from the headers of its files."""
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise ConfigError(f"there are no *.safetensors in '{directory}'; check the path")
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in files:
+        try:
+            with safe_open(path, "pt") as file:
+                for name in file.keys():  # noqa: SIM118 - it is no mapping
+                    shapes[name] = tuple(file.get_slice(name).get_shape())
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(f"'{path}' cannot be read as safetensors: {error}") from error
+    return shapes
+
+
+def _new_group(init_method: str, world_size: int, backend: str) -> Any:
+    """A process group beside the trainer's own, met by SGLang's in every key of the store."""
+    from torch.distributed import distributed_c10d as c10d
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, size = next(rendezvous(init_method, 0, world_size))
+    group, _ = c10d._new_process_group_helper(  # noqa: SLF001 - the public way makes subgroups only
+        size,
+        rank,
+        [],
+        c10d.Backend(backend),
+        c10d.PrefixStore(GROUP, store),
+        group_name=c10d.GroupName(GROUP),
+        timeout=c10d.default_pg_timeout,
+    )
+    c10d._world.pg_group_ranks[group] = {index: index for index in range(size)}  # noqa: SLF001
+    return group

@@ -1,0 +1,352 @@
+"""``SglangWeights``: what it refuses before it sends, what it sends, and in which order.
+
+The server is a real one on the loopback that does with buckets what SGLang does (0.5.23: sessions
+and checksums; 0.5.11: neither). What SGLang makes of them: ``tests/model_backend/sglang``.
+"""
+
+import base64
+import pickle
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from aiohttp import web
+from safetensors.torch import load_file, save_file
+
+from swarm_sdk.errors import ConfigError, ModelError
+from swarm_sdk.model_backend.model.config import tiny
+from swarm_sdk.model_backend.model.kimi import KimiModel
+from swarm_sdk.model_backend.sglang_weights import SglangWeights, buckets, checksum, sglang_name
+from swarm_sdk.model_backend.weight_sink import FrozenWeights, WeightSink
+from swarm_sdk.model_backend.weights import checkpoint
+from swarm_sdk.model_backend.weights.names import checkpoint_tensors
+
+
+@pytest.fixture(scope="module")
+def model() -> KimiModel:
+    model = KimiModel(tiny())
+    model.init_weights(seed=3)
+    return model
+
+
+@pytest.fixture(scope="module")
+def weights(model):
+    return {name: tensor.detach() for name, tensor in model.named_parameters()}
+
+
+@dataclass
+class Receiver:
+    """Takes buckets as SGLang does, and keeps the tensors by their Hugging Face names."""
+
+    has_sessions: bool = True
+    has_checksums: bool = True
+    can_flush: bool = True
+    is_open: bool = False
+    """Whether a session is, left by a trainer that died."""
+    num_waiting: int = 0
+    spoils: str = ""
+    """The path that fails."""
+    base_url: str = ""
+    paths: list = field(default_factory=list)
+    bodies: list = field(default_factory=list)
+    tensors: dict = field(default_factory=dict)
+    checksums: dict = field(default_factory=dict)
+
+    async def take(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        path = request.path.strip("/")
+        self.paths.append(path)
+        self.bodies.append(body)
+        if path == self.spoils:
+            return web.json_response({"success": False, "message": "no memory"}, status=400)
+        if path in ("begin_weight_update", "end_weight_update"):
+            if not self.has_sessions:
+                return web.json_response({"detail": "Not Found"}, status=404)
+            is_begin = path == "begin_weight_update"
+            if self.is_open and is_begin:
+                told = {"success": False, "message": "a session is already open"}
+                return web.json_response(told, status=400)
+            self.is_open = is_begin
+        if path == "flush_cache":
+            return web.Response(text="Cache flushed.", status=200 if self.can_flush else 400)
+        if path == "weights_checker":
+            if not self.has_checksums:
+                return web.json_response({"success": False, "message": "Unsupported"}, status=400)
+            return web.json_response({"ranks": [{"checksums": self.checksums}]})
+        if path == "update_weights_from_tensor":
+            assert body["load_format"] == "flattened_bucket"
+            (content,) = body["serialized_named_tensors"]
+            bucket = pickle.loads(base64.b64decode(content))
+            flat = bucket["flattened_tensor"]
+            for meta in bucket["metadata"]:
+                part = flat[meta.start_idx : meta.end_idx].view(meta.dtype)
+                self.tensors[meta.name] = part.reshape(meta.shape)
+        return web.json_response({"success": True, "message": ""})
+
+    async def tell(self, request: web.Request) -> web.Response:
+        if request.path == "/v1/loads":
+            load = {"num_running_reqs": 0, "num_waiting_reqs": self.num_waiting}
+            return web.json_response({"loads": [load]})
+        return web.json_response({"tp_size": 1, "dtype": "auto"})
+
+
+@asynccontextmanager
+async def receiving(**how):
+    receiver = Receiver(**how)
+    app = web.Application(client_max_size=2**28)
+    app.router.add_post("/{path:.*}", receiver.take)
+    app.router.add_get("/server_info", receiver.tell)
+    app.router.add_get("/v1/loads", receiver.tell)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    receiver.base_url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    try:
+        yield receiver
+    finally:
+        await runner.cleanup()
+
+
+def expects(receiver, weights):
+    """Have the receiver tell the checksums of ``weights`` in bfloat16."""
+    receiver.checksums = {
+        sglang_name(name): checksum(tensor.to(torch.bfloat16)) for name, tensor in weights.items()
+    }
+
+
+@pytest.mark.parametrize("max_bytes", [1, 5_000, 2**30])
+def test_buckets_hold_the_tensors_of_the_saved_checkpoint_bit_for_bit(model, tmp_path, max_bytes):
+    checkpoint.save(model, tmp_path, dtype=torch.bfloat16)
+    saved = load_file(tmp_path / "model.safetensors")
+    found = {}
+    tensors = list(checkpoint_tensors(model.config))
+    for bucket in buckets(model.state_dict(), tensors, torch.bfloat16, max_bytes):
+        if len(bucket.names) > 1:
+            assert bucket.content.nbytes <= max_bytes
+        start = 0
+        for name, shape, dtype in zip(bucket.names, bucket.shapes, bucket.dtypes, strict=True):
+            end = start + torch.Size(shape).numel() * dtype.itemsize
+            found[name] = bucket.content[start:end].view(dtype).reshape(shape)
+            start = end
+        assert start == bucket.content.nbytes
+    assert found.keys() == saved.keys()
+    assert all(
+        found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
+        for name, tensor in saved.items()
+    )
+
+
+@pytest.mark.anyio
+async def test_an_update_pauses_sends_all_verifies_and_goes_on(model, weights):
+    async with receiving() as receiver:
+        expects(receiver, weights)
+        sink = SglangWeights(receiver.base_url, model.config, bucket_bytes=20_000)
+        await sink.update_weights(weights, 4)
+        await sink.aclose()
+    assert (sink.weight_version, sink.is_verified) == (4, True)
+    updates = receiver.paths.count("update_weights_from_tensor")
+    assert updates > 2
+    assert receiver.paths == [
+        "pause_generation",
+        "begin_weight_update",
+        *["update_weights_from_tensor"] * updates,
+        "end_weight_update",
+        "flush_cache",
+        "weights_checker",
+        "continue_generation",
+    ]
+    sent = [body for body in receiver.bodies if "load_format" in body]
+    assert [body.get("weight_version") for body in sent] == [None] * (updates - 1) + ["4"]
+    assert not any(body["flush_cache"] for body in sent)
+    names = {t.name for t in checkpoint_tensors(model.config) if not t.is_float32}
+    assert receiver.tensors.keys() == names
+
+
+@pytest.mark.parametrize(
+    ("in_flight", "mode", "flushes"),
+    [("retract", "retract", True), ("keep", "in_place", False), ("abort", "abort", True)],
+)
+@pytest.mark.anyio
+async def test_requests_in_flight_are_retracted_kept_or_ended(
+    model, weights, in_flight, mode, flushes
+):
+    async with receiving() as receiver:
+        expects(receiver, weights)
+        sink = SglangWeights(receiver.base_url, model.config, in_flight=in_flight)
+        await sink.update_weights(weights, 1)
+        await sink.aclose()
+    assert receiver.bodies[0]["mode"] == mode
+    assert ("flush_cache" in receiver.paths) is flushes
+
+
+@pytest.mark.anyio
+async def test_a_server_without_sessions_and_checksums_is_served_and_not_called_verified(
+    model, weights, caplog
+):
+    async with receiving(has_sessions=False, has_checksums=False) as receiver:
+        sink = SglangWeights(receiver.base_url, model.config)
+        await sink.update_weights(weights, 1)
+        await sink.aclose()
+    assert sink.is_verified is False
+    assert "not verified" in caplog.text
+    assert receiver.paths[-1] == "continue_generation"
+
+
+@pytest.mark.anyio
+async def test_a_server_that_cannot_flush_stays_paused_and_says_what_to_do(model, weights):
+    async with receiving(has_sessions=False, can_flush=False) as receiver:
+        sink = SglangWeights(receiver.base_url, model.config)
+        with pytest.raises(ModelError, match='in_flight="abort"'):
+            await sink.update_weights(weights, 1)
+        await sink.aclose()
+    assert "continue_generation" not in receiver.paths
+
+
+@pytest.mark.anyio
+async def test_memory_is_given_back_only_by_a_server_without_requests(model, weights):
+    async with receiving(num_waiting=2) as receiver:
+        expects(receiver, weights)
+        sink = SglangWeights(receiver.base_url, model.config)
+        with pytest.raises(ModelError, match="holds 2 requests"):
+            await sink.release_memory()
+        assert receiver.paths == ["pause_generation", "continue_generation"]
+        receiver.num_waiting = 0
+        await sink.release_memory()
+        await sink.resume_memory()
+        await sink.update_weights(weights, 1)
+        await sink.aclose()
+    assert receiver.paths[2:5] == [
+        "pause_generation",
+        "release_memory_occupation",
+        "resume_memory_occupation",
+    ]
+    assert receiver.paths.count("pause_generation") == 2
+
+
+@pytest.mark.anyio
+async def test_what_does_not_fit_is_refused_whole_and_named(model, weights):
+    name = "layers.1.self_attn.o_proj.weight"
+    unlike = {
+        "1 missing": {key: tensor for key, tensor in weights.items() if key != name},
+        "1 extra": {**weights, "layers.9.norm": torch.zeros(1)},
+        "1 misshapen": {**weights, name: weights[name][:-1]},
+    }
+    async with receiving() as receiver:
+        sink: WeightSink = SglangWeights(receiver.base_url, model.config)
+        for kind, state in unlike.items():
+            with pytest.raises(ConfigError, match=kind) as caught:
+                await sink.update_weights(state, 1)
+            assert name in str(caught.value) or "layers.9.norm" in str(caught.value)
+    assert receiver.paths == []
+    assert sink.weight_version == 0
+
+
+@pytest.mark.anyio
+async def test_only_the_parameters_that_train_need_be_sent(model, weights):
+    trained = {name: tensor for name, tensor in weights.items() if name.startswith("layers.")}
+    async with receiving() as receiver:
+        expects(receiver, weights)
+        sink = SglangWeights(receiver.base_url, model.config, parameters=list(trained))
+        await sink.update_weights(trained, 1)
+        with pytest.raises(ConfigError, match="extra"):
+            await sink.update_weights(weights, 2)
+        await sink.aclose()
+    assert all(".layers." in name for name in receiver.tensors)
+    with pytest.raises(ConfigError, match=r"no parameter 'layers\.77'"):
+        SglangWeights("http://a:1", model.config, parameters=["layers.77"])
+
+
+@pytest.mark.parametrize("spoils", ["update_weights_from_tensor", "end_weight_update"])
+@pytest.mark.anyio
+async def test_a_server_that_may_hold_a_mixture_stays_paused_until_an_update_succeeds(
+    model, weights, spoils
+):
+    async with receiving(spoils=spoils) as receiver:
+        expects(receiver, weights)
+        sink = SglangWeights(receiver.base_url, model.config)
+        with pytest.raises(ModelError, match="no memory"):
+            await sink.update_weights(weights, 1)
+        assert "continue_generation" not in receiver.paths
+        assert sink.weight_version == 0
+        receiver.spoils = ""
+        await sink.update_weights(weights, 2)
+        await sink.aclose()
+    assert receiver.paths.count("pause_generation") == 1
+    assert receiver.paths[-1] == "continue_generation"
+
+
+@pytest.mark.anyio
+async def test_a_session_that_a_dead_trainer_left_open_is_closed_first(model, weights):
+    async with receiving(is_open=True) as receiver:
+        expects(receiver, weights)
+        sink = SglangWeights(receiver.base_url, model.config)
+        await sink.update_weights(weights, 1)
+        await sink.aclose()
+    assert receiver.paths[1:4] == [
+        "begin_weight_update",
+        "end_weight_update",
+        "begin_weight_update",
+    ]
+    assert not receiver.is_open
+
+
+@pytest.mark.anyio
+async def test_checksums_that_differ_are_an_error_that_names_the_tensor(model, weights):
+    async with receiving() as receiver:
+        expects(receiver, weights)
+        receiver.checksums["language_model.model.norm.weight"] = "0" * 16
+        sink = SglangWeights(receiver.base_url, model.config)
+        with pytest.raises(ModelError, match=r"1 tensors differ, the first is norm\.weight"):
+            await sink.update_weights(weights, 1)
+        await sink.aclose()
+    assert "continue_generation" not in receiver.paths
+
+
+@pytest.mark.anyio
+async def test_a_checkpoint_on_disk_is_checked_by_its_headers_before_the_server_reads_it(
+    model, tmp_path
+):
+    good, short, broken = tmp_path / "good", tmp_path / "short", tmp_path / "broken"
+    checkpoint.save(model, good, dtype=torch.bfloat16, max_shard_bytes=50_000)
+    shards = sorted(good.glob("*.safetensors"))
+    assert len(shards) > 1
+    tensors = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
+    short.mkdir()
+    tensors["language_model.lm_head.weight"] = tensors["language_model.lm_head.weight"][:-1].clone()
+    del tensors["language_model.model.norm.weight"]
+    save_file(tensors, short / "model.safetensors")
+    broken.mkdir()
+    (broken / "model.safetensors").write_bytes(shards[0].read_bytes()[:1000])
+    async with receiving() as receiver:
+        sink = SglangWeights(receiver.base_url, model.config)
+        with pytest.raises(ConfigError, match=r"1 missing .*norm.*1 misshapen .*lm_head"):
+            await sink.load(short, 1)
+        with pytest.raises(ConfigError, match=r"broken/model\.safetensors' cannot be read"):
+            await sink.load(broken, 1)
+        with pytest.raises(ConfigError, match=r"no \*\.safetensors"):
+            await sink.load(tmp_path, 1)
+        assert receiver.paths == []
+        await sink.load(good, 3)
+        await sink.aclose()
+    assert receiver.paths[1] == "update_weights_from_disk"
+    assert receiver.bodies[1]["weight_version"] == "3"
+    assert sink.weight_version == 3
+
+
+@pytest.mark.anyio
+async def test_frozen_weights_refuse_every_update(weights):
+    sink: WeightSink = FrozenWeights(2)
+    with pytest.raises(ConfigError, match="frozen"):
+        await sink.update_weights(weights, 3)
+    assert sink.weight_version == 2
+
+
+@pytest.mark.anyio
+async def test_the_way_over_a_process_group_needs_the_group(model, weights):
+    async with receiving() as receiver:
+        sink = SglangWeights(receiver.base_url, model.config, way="distributed")
+        with pytest.raises(ConfigError, match="join"):
+            await sink.update_weights(weights, 1)
+        await sink.aclose()
