@@ -10,7 +10,9 @@ them to take. Triton comes with PyTorch for CUDA and is no dependency of ours.
 from __future__ import annotations
 
 import functools
+from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +31,16 @@ def has_triton() -> bool:
     return find_spec("triton") is not None
 
 
+def kernel(name: str) -> Any:
+    """One of ``triton_kernels.py``, to be launched as ``kernel(name)[grid](...)``."""
+    return getattr(import_module("swarm_sdk.model_backend.kernels.triton_kernels"), name)
+
+
+def tiles_of(x: Tensor, block: list[int]) -> Any:
+    """What a kernel needs to load ``x`` by tiles of ``block``."""
+    return import_module("triton.tools.tensor_descriptor").TensorDescriptor.from_tensor(x, block)
+
+
 def tile_stats(
     logits_xv: Tensor,
     targets_x: Tensor,
@@ -36,10 +48,8 @@ def tile_stats(
     temperature: float,
 ) -> None:
     """``logprob.tile_stats``, with the mean logit always."""
-    from swarm_sdk.model_backend.kernels import triton_kernels as kernels
-
     num_rows, num_words = logits_xv.shape
-    kernels.tile_stats[num_rows,](
+    kernel("tile_stats")[num_rows,](
         logits_xv, targets_x, *stats, num_words, logits_xv.stride(0), 1 / temperature, BLOCK=4096
     )
 
@@ -51,11 +61,9 @@ def tile_gradient(
     temperature: float,
 ) -> Tensor:
     """``logprob.tile_gradient``, in place."""
-    from swarm_sdk.model_backend.kernels import triton_kernels as kernels
-
     num_rows, num_words = logits_xv.shape
     has_extra = extra is not None
-    kernels.tile_gradient[num_rows,](
+    kernel("tile_gradient")[num_rows,](
         logits_xv,
         *(one.contiguous() for one in columns),
         *(one.contiguous() for one in extra or columns[1:]),
@@ -70,12 +78,10 @@ def tile_gradient(
 
 def swiglu(h_R2I: Tensor, weights_R: Tensor) -> Tensor:
     """``experts.swiglu``: ``silu(gate) * up * weight`` [R, I]."""
-    from swarm_sdk.model_backend.kernels import triton_kernels as kernels
-
     num_rows, inner = h_R2I.shape[0], h_R2I.shape[1] // 2
     a_RI = torch.empty(num_rows, inner, dtype=h_R2I.dtype, device=h_R2I.device)
     if num_rows:
-        kernels.swiglu[num_rows,](h_R2I, weights_R, a_RI, inner, BLOCK=_block(inner))
+        kernel("swiglu")[num_rows,](h_R2I, weights_R, a_RI, inner, BLOCK=_block(inner))
     return a_RI
 
 
@@ -83,13 +89,11 @@ def swiglu_backward(
     h_R2I: Tensor, weights_R: Tensor, d_a_RI: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``experts.swiglu_backward``: gradients of h and of the weights, and the output again."""
-    from swarm_sdk.model_backend.kernels import triton_kernels as kernels
-
     num_rows, inner = d_a_RI.shape
     d_h_R2I, a_RI = torch.empty_like(h_R2I), torch.empty_like(d_a_RI)
     d_weights_R = torch.empty_like(weights_R)
     if num_rows:
-        kernels.swiglu_backward[num_rows,](
+        kernel("swiglu_backward")[num_rows,](
             h_R2I, weights_R, d_a_RI, d_h_R2I, d_weights_R, a_RI, inner, BLOCK=_block(inner)
         )
     return d_h_R2I, d_weights_R, a_RI
@@ -97,13 +101,11 @@ def swiglu_backward(
 
 def combine(y_RD: Tensor, row_C: Tensor, num_chosen: int) -> Tensor:
     """``experts.combine``: the sum [T, D] of each token's rows, in float32 on the way."""
-    from swarm_sdk.model_backend.kernels import triton_kernels as kernels
-
     num_tokens, width = row_C.shape[0] // num_chosen, y_RD.shape[1]
     y_TD = torch.empty(num_tokens, width, dtype=y_RD.dtype, device=y_RD.device)
     if num_tokens:
         block = min(_block(width), 2048)
-        kernels.combine[num_tokens, -(-width // block)](
+        kernel("combine")[num_tokens, -(-width // block)](
             y_RD, row_C, y_TD, width, CHOSEN=num_chosen, BLOCK=block
         )
     return y_TD
@@ -113,14 +115,12 @@ def choose(
     logits_TE: Tensor, bias_E: Tensor, num_chosen: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``router.choose``: ids, weights and scores [T, K] of the chosen experts."""
-    from swarm_sdk.model_backend.kernels import triton_kernels as kernels
-
     num_tokens, num_experts = logits_TE.shape
     weights_TK = torch.empty(num_tokens, num_chosen, dtype=torch.float32, device=logits_TE.device)
     scores_TK = torch.empty_like(weights_TK)
     ids_TK = torch.empty(num_tokens, num_chosen, dtype=torch.int64, device=logits_TE.device)
     if num_tokens:
-        kernels.choose[num_tokens,](
+        kernel("choose")[num_tokens,](
             logits_TE,
             bias_E,
             ids_TK,

@@ -184,19 +184,15 @@ class Tiled:
 
     def outer(self, y_RB: Tensor, x_RA: Tensor) -> Tensor:
         """See ``Products``."""
-        from triton.tools.tensor_descriptor import TensorDescriptor
-
-        from swarm_sdk.model_backend.kernels import triton_kernels as kernels
-
         shape, num_experts = self.shape, self.ends_E.shape[0]
         sizes = (y_RB.shape[1], x_RA.shape[1])
         w_EBA = y_RB.new_empty(num_experts, *sizes)
         if not len(y_RB):
             return w_EBA.zero_()
         programs = _programs(y_RB)
-        kernels.grouped_outer[programs,](
-            TensorDescriptor.from_tensor(y_RB, [shape.k, shape.m]),
-            TensorDescriptor.from_tensor(x_RA, [shape.k, shape.n]),
+        fused.kernel("grouped_outer")[programs,](
+            fused.tiles_of(y_RB, [shape.k, shape.m]),
+            fused.tiles_of(x_RA, [shape.k, shape.n]),
             w_EBA,
             self.starts_E,
             self.ends_E,
@@ -213,19 +209,15 @@ class Tiled:
         return w_EBA
 
     def _product(self, x: Tensor, w: Tensor, *, width: int, is_nk: bool) -> Tensor:
-        from triton.tools.tensor_descriptor import TensorDescriptor
-
-        from swarm_sdk.model_backend.kernels import triton_kernels as kernels
-
         shape = self.shape
         out = x.new_empty(x.shape[0], width)
         if not len(x):
             return out
         programs = _programs(x)
         block = [shape.n, shape.k] if is_nk else [shape.k, shape.n]
-        kernels.grouped_product[programs,](
-            TensorDescriptor.from_tensor(x, [shape.m, shape.k]),
-            TensorDescriptor.from_tensor(w.flatten(0, 1), block),
+        fused.kernel("grouped_product")[programs,](
+            fused.tiles_of(x, [shape.m, shape.k]),
+            fused.tiles_of(w.flatten(0, 1), block),
             out,
             self.starts_E,
             self.ends_E,

@@ -5,7 +5,7 @@ more than 2**31 numbers.
 """
 
 # mypy: ignore-errors
-# pyright: basic, reportMissingImports=false
+# pyright: reportMissingImports=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
 # ruff: noqa: ANN001, ANN201
 
 from __future__ import annotations
