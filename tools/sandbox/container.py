@@ -29,7 +29,7 @@ import anyio
 import anyio.to_thread
 
 from swarm_sdk.errors import ConfigError, SandboxDied
-from swarm_sdk.tools.sandbox.files import clear_folder
+from swarm_sdk.tools.sandbox.files import clear_folder, restore_folder
 from swarm_sdk.tools.sandbox.launcher import (
     END_TIMEOUT_S,
     FIRST_USER_ID,
@@ -186,6 +186,7 @@ class ContainerHost:
         store, notes = self._folder / "stores" / name, self._folder / "notes" / name
         for folder in (notes, store / "home", store / "tmp", store / "run"):
             folder.mkdir(parents=True, exist_ok=True)
+            restore_folder(str(folder))
         clear_folder(str(store / "run"))
         clear_folder(str(notes))
         key = secrets.token_hex(16)

@@ -9,6 +9,7 @@ refusing links, pipes and devices.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -82,6 +83,17 @@ def open_folder(name: str, parent: int) -> int:
     """
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     return os.open(name, flags, dir_fd=parent)
+
+
+def restore_folder(path: str) -> None:
+    """Let its owner into a folder again, whatever code did to its rights.
+
+    Raises:
+        OSError: it is a link, or no folder.
+    """
+    if not stat.S_ISDIR(os.lstat(path).st_mode):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
+    os.chmod(path, 0o700)
 
 
 def clear_folder(path: str) -> None:

@@ -37,7 +37,7 @@ from typing import Any
 
 from swarm_sdk.tools.sandbox import isolation, linux
 from swarm_sdk.tools.sandbox.canary import sing
-from swarm_sdk.tools.sandbox.files import clear_folder
+from swarm_sdk.tools.sandbox.files import clear_folder, restore_folder
 from swarm_sdk.tools.sandbox.isolation import Plan
 
 _STACK = (
@@ -264,6 +264,7 @@ class Zygote:
             for name in ("home", "tmp", "shm", "run"):
                 os.mkdir(f"{store}/{name}", 0o700)
         for name in ("home", "tmp", "shm", "run"):
+            restore_folder(f"{store}/{name}")
             if user_id is not None:
                 _give(f"{store}/{name}", user_id)
         clear_folder(f"{store}/run")

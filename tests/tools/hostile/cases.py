@@ -112,7 +112,7 @@ RESEARCH = [
     Case("8 endless print", "while True: print('x' * 500)", ("output_limit", "wall_timeout")),
     Case("9 one long line", "print('x' * 50_000_000)", ("output_limit",), "characters cut"),
     Case("10 long repr", "'y' * 20_000_000", ("ok",), "characters cut"),
-    Case("11 fork bomb", FORK_BOMB, says="stopped True", level=2, has_state=None, timeout_s=8),
+    Case("11 fork bomb", FORK_BOMB, says="stopped True", level=2, has_state=None, timeout_s=20),
     Case("12 thread bomb", THREAD_BOMB, says="stopped True", level=2, has_state=None, timeout_s=8),
     Case("13 memory bomb", BOMB, ("oom", "error"), has_state=None, level=1, timeout_s=10),
     Case(
@@ -321,7 +321,7 @@ OWN = [
         "from IPython.display import clear_output\nfor i in range(600): clear_output(); print(i)",
         ("ok",),
         "599",
-        timeout_s=10,
+        timeout_s=20,
     ),
     Case(
         "fills the folder of sockets",
@@ -537,6 +537,14 @@ OWN = [
         level=2,
     ),
     Case("no permission on its home", "import os; os.chmod('.', 0)", ANY, has_state=None),
+    Case(
+        "no permission on any of its folders when it ends",
+        "import os\nfor d in ('/tmp', '/run/k', '/dev/shm', '.'): os.chmod(d, 0)\nos._exit(1)",
+        ("died",),
+        has_state=False,
+        then="__import__('os').access('.', 7)",
+        level=2,
+    ),
     Case("endless stdin", "import sys; sys.stdin.read(1)", ANY, has_state=None),
     Case("warnings", "import warnings\nfor i in range(300): warnings.warn(f'w{i}')", ("ok",)),
     Case(
