@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
@@ -32,7 +33,7 @@ def show(source: Source, as_json: Json = False) -> None:
     """
     from swarm_sdk.model_backend.model.config import KimiConfig
     from swarm_sdk.model_backend.model.config_json import read_json
-    from swarm_sdk.model_backend.weights.convert import check_complete
+    from swarm_sdk.model_backend.weights.check import check_complete
     from swarm_sdk.model_backend.weights.headers import read_headers
     from swarm_sdk.model_backend.weights.quantization import is_int4 as has_int4_experts
 
@@ -80,10 +81,12 @@ def convert(
 
       swarm checkpoint convert ./RUN/model ./RUN/model-int4 --to int4
     """
-    from swarm_sdk.model_backend.weights.convert import Form
-    from swarm_sdk.model_backend.weights.convert import convert as convert_checkpoint
-
     with said_in_one_sentence():
+        if find_spec("torch") is None:
+            raise ConfigError("converting needs torch; pip install 'swarm-sdk[local]'")
+        from swarm_sdk.model_backend.weights.convert import Form
+        from swarm_sdk.model_backend.weights.convert import convert as convert_checkpoint
+
         if to not in get_args(Form):
             raise ConfigError(f"unknown form '{to}'; use --to bf16 or --to int4")
         if max_shard_gb <= 0:

@@ -76,8 +76,10 @@ def config(*, is_quick: bool) -> KimiConfig:
 
 def random_model(shape: KimiConfig) -> KimiModel:
     """Random weights that keep the size of what passes through them; logits differ widely."""
-    model = KimiModel(shape).cuda().to(torch.bfloat16)
+    with torch.device("cuda"):
+        model = KimiModel(shape)
     model.init_weights(seed=0)
+    model.to(torch.bfloat16)
     generator = torch.Generator("cuda").manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -183,10 +185,10 @@ def main() -> None:
         converted = convert(work / "int4", work / "bf16", "bf16")
         convert_s = time.perf_counter() - started_s
         torch.cuda.empty_cache()
-        model = load(work / "int4", dtype=torch.float32, device="cuda")
-        reference = our_logprobs(model, prompts)
-        scored = {"ours_bf16": our_logprobs(model.to(torch.bfloat16), prompts)}
-        del model
+        reference = our_logprobs(load(work / "int4", device="cuda"), prompts)
+        in_bf16 = load(work / "int4", dtype=torch.bfloat16, device="cuda")
+        scored = {"ours_bf16": our_logprobs(in_bf16, prompts)}
+        del in_bf16
         torch.cuda.empty_cache()
         decode: dict[str, float] = {}
         for form in ("int4", "bf16"):

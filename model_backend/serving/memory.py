@@ -126,14 +126,15 @@ def choose_tp(
     for size in sizes if tp is None else [tp]:
         if size * dp * servers > len(gpus):
             break
-        if all(needs.per_gpu(size) <= USABLE * gpu.free_bytes for gpu in gpus):
+        used = gpus[: size * dp * servers]
+        if all(needs.per_gpu(size) <= USABLE * gpu.free_bytes for gpu in used):
             return size
-    free = min(gpu.free_bytes for gpu in gpus)
     most = tp or max((s for s in sizes if s * dp * servers <= len(gpus)), default=1)
     if most * dp * servers > len(gpus):
         raise ConfigError(
             f"{servers} servers x tp {most} x dp {dp} need {most * dp * servers} GPUs: {found}"
         )
+    free = min(gpu.free_bytes for gpu in gpus[: most * dp * servers])
     raise ConfigError(
         f"{need}; {found} ({free / GB:.1f} GB free), and with --tp {most} each would need "
         f"{needs.per_gpu(most) / GB:.1f} GB of the {USABLE * free / GB:.1f} GB that may be used: "

@@ -103,21 +103,19 @@ class Supervisor:
                 failed.append(error)
                 group.cancel_scope.cancel()
 
-        async with anyio.create_task_group() as servers:
-            group = servers
+        async with anyio.create_task_group() as group:
             for launch in self._plan.servers:
-                servers.start_soon(keep, launch, ready[launch.name], name=launch.name)
+                group.start_soon(keep, launch, ready[launch.name], name=launch.name)
             for event in ready.values():
                 await event.wait()
             router = self._plan.router
             if router is None:
                 on_ready()
             else:
-                async with anyio.create_task_group() as inner:
-                    is_ready = anyio.Event()
-                    inner.start_soon(keep, router, is_ready, name=router.name)
-                    await is_ready.wait()
-                    on_ready()
+                is_ready = anyio.Event()
+                group.start_soon(keep, router, is_ready, name=router.name)
+                await is_ready.wait()
+                on_ready()
         if failed:
             raise failed[0]
 

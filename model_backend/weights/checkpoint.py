@@ -23,6 +23,7 @@ from swarm_sdk.model_backend.model.config import KimiConfig, special_token_id
 from swarm_sdk.model_backend.model.config_json import read_json
 from swarm_sdk.model_backend.model.kimi import KimiModel
 from swarm_sdk.model_backend.weights import int4
+from swarm_sdk.model_backend.weights.check import FLOAT_TYPES, check_tensor
 from swarm_sdk.model_backend.weights.files import DTYPE_NAMES, read_tensor, write_tensors
 from swarm_sdk.model_backend.weights.headers import (
     INDEX_FILE,
@@ -123,7 +124,9 @@ def load(
         for stored in stored_tensors(config, int4=is_int4):
             tensor = stored.of
             if stored.name == tensor.name:
-                value = read_tensor(_checked(find(stored.name), stored))
+                info = find(stored.name)
+                check_tensor(info, stored.shape, FLOAT_TYPES)
+                value = read_tensor(info)
             elif stored.name.endswith("_packed"):
                 value = int4.dequantize(read_int4(tensor.name, tensor.shape, find))
             else:
@@ -162,34 +165,11 @@ def read_int4(
     return int4.Int4Weight(read_tensor(parts["packed"]), scale)
 
 
-def check_tensor(info: TensorInfo, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
-    """Check that a tensor of a file is what ``config.json`` asks for.
-
-    Raises:
-        ConfigError: it is of another shape or type; names the file and the tensor.
-    """
-    if info.shape != shape:
-        raise ConfigError(
-            f"{info.file}: {info.name} has the shape {list(info.shape)}, "
-            f"config.json asks for {list(shape)}"
-        )
-    if info.dtype not in dtypes:
-        raise ConfigError(f"{info.file}: {info.name} holds {info.dtype}, not {' or '.join(dtypes)}")
-
-
 def write_json(path: Path, content: object) -> None:
     """Write an object as indented JSON, whole or not at all."""
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     partial.replace(path)
-
-
-FLOAT_TYPES = ("BF16", "F32", "F16")
-
-
-def _checked(info: TensorInfo, stored: StoredTensor) -> TensorInfo:
-    check_tensor(info, stored.shape, FLOAT_TYPES)
-    return info
 
 
 def _is_bias(name: str) -> bool:

@@ -35,9 +35,8 @@ from swarm_sdk.errors import ConfigError
 from swarm_sdk.model_backend.model.config import KimiConfig
 from swarm_sdk.model_backend.model.config_json import read_json
 from swarm_sdk.model_backend.weights import int4
+from swarm_sdk.model_backend.weights.check import check_complete
 from swarm_sdk.model_backend.weights.checkpoint import (
-    FLOAT_TYPES,
-    check_tensor,
     int4_parts,
     read_int4,
     write_json,
@@ -171,38 +170,6 @@ def convert(
         num_exact_groups=work.num_exact_groups,
         wall_s=time.perf_counter() - started_s,
     )
-
-
-def check_complete(
-    headers: dict[str, TensorInfo], config: KimiConfig, source: Path, *, is_int4: bool
-) -> None:
-    """Check that a checkpoint holds every tensor of the network, and none besides.
-
-    Raises:
-        ConfigError: one is missing, misshapen, of another type or not the network's; names it and
-            its file.
-    """
-    wanted = {tensor.name: tensor for tensor in stored_tensors(config, int4=is_int4)}
-    missing = [name for name in wanted if name not in headers]
-    if missing:
-        raise ConfigError(
-            f"{source} lacks {len(missing)} of the {len(wanted)} tensors that config.json asks "
-            f"for, the first is {missing[0]}; copy the checkpoint again"
-        )
-    for name, info in headers.items():
-        if name not in wanted:
-            raise ConfigError(
-                f"{info.file} holds {name}, which the network of config.json does not have; "
-                f"{len(headers) - len(wanted)} tensors are too many"
-            )
-        tensor = wanted[name]
-        types = {"I32": ("I32", "I64") if name.endswith("_shape") else ("I32",)}
-        is_scale = name.endswith("weight_scale")
-        check_tensor(
-            info,
-            tensor.shape,
-            types.get(tensor.dtype, ("BF16",) if is_scale else FLOAT_TYPES),
-        )
 
 
 class _Work:

@@ -20,7 +20,7 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
-ITEM_BYTES = {
+ITEM_BYTES: dict[str, int] = {
     "BOOL": 1,
     "U8": 1,
     "I8": 1,

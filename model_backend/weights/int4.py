@@ -28,7 +28,13 @@ from swarm_sdk.model_backend.weights.layout import CODES_PER_WORD, GROUP
 
 PEEK = 4
 """Numbers of a group that are looked at before all are: weights that never were INT4 fail here."""
-GRIDS = ((8, (0,)), (7, (0, -1, 1)), (6, (0, -1, 1)), (5, (0, -1, 1)), (4, (0,)))
+GRIDS: tuple[tuple[int, tuple[int, ...]], ...] = (
+    (8, (0,)),
+    (7, (0, -1, 1)),
+    (6, (0, -1, 1)),
+    (5, (0, -1, 1)),
+    (4, (0,)),
+)
 """Largest code of a group, and steps in bf16 from amax / code to the scale: the product with a code
 that is no power of two is rounded, by less than one step. Smaller codes are doubled on a finer
 grid."""

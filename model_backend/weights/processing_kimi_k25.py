@@ -85,8 +85,8 @@ class MediaProcessor:
 class KimiK25Processor(ProcessorMixin):
     """Text, pictures and chunks of video to model inputs."""
 
-    attributes = ["tokenizer"]  # noqa: RUF012  transformers reads a list
-    tokenizer_class = "AutoTokenizer"
+    attributes: list[str] = ["tokenizer"]  # noqa: RUF012  transformers reads a list
+    tokenizer_class: str = "AutoTokenizer"
 
     def __init__(self, tokenizer: Any = None, **_: Any) -> None:
         super().__init__(tokenizer)  # type: ignore[no-untyped-call]

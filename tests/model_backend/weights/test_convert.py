@@ -17,8 +17,9 @@ from swarm_sdk.model_backend.model.config import k25, tiny
 from swarm_sdk.model_backend.model.kimi import KimiModel
 from swarm_sdk.model_backend.weights import convert as module
 from swarm_sdk.model_backend.weights import int4
+from swarm_sdk.model_backend.weights.check import check_complete
 from swarm_sdk.model_backend.weights.checkpoint import load, save
-from swarm_sdk.model_backend.weights.convert import Progress, check_complete, convert
+from swarm_sdk.model_backend.weights.convert import Progress, convert
 from swarm_sdk.model_backend.weights.headers import TensorInfo, read_headers
 from swarm_sdk.model_backend.weights.layout import stored_tensors
 
