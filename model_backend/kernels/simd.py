@@ -460,6 +460,17 @@ def exponential(typing: Any, a: Any) -> Any:
 
 
 @intrinsic
+def stay_apart(typing: Any) -> Any:
+    """Keep the function that calls this a function of its own, compiled once for all callers."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.function.attributes.add("noinline")
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@intrinsic
 def take_ticket(typing: Any, counters: Any, index: Any) -> Any:
     """Add 1 to a counter that threads share; returns what it was."""
 
