@@ -47,6 +47,7 @@ from swarm_sdk.model_backend.kernels.simd import (
     prefetch_rows,
     prefetch_weights,
     splat,
+    stay_apart,
     store,
     store_rows,
     store_totals,
@@ -65,8 +66,13 @@ if TYPE_CHECKING:
 
 TILE = 16
 """Columns of one product."""
-STORE, ADD = 0, 1
-"""Whether a product replaces what is there."""
+STORE: Any = np.int64(0)
+ADD: Any = np.int64(1)
+"""Whether a product replaces what is there. Numpy's numbers are no literals to numba, which would
+compile a function anew for each."""
+NONE: Any = np.int64(0)
+PAIR: Any = np.int64(2)
+"""Counts, likewise."""
 GROUP = 4
 """Heads that attention scores at once, with three keys."""
 BLOCK = 24
@@ -236,7 +242,7 @@ def product(
     Row r is read from ``x[x_at[r]:]`` and written to ``y[y_at[r]:]``. Weights from row ``ahead``
     on, those of the next product, are fetched meanwhile.
     """
-    first = 0
+    first = NONE
     while first < num:
         left = num - first
         take = left if left <= 6 else 6 if left >= 12 else (left + 1) // 2
@@ -271,6 +277,7 @@ def _tiles(
     ahead: int,
 ) -> None:
     """Tiles ``start … stop`` of a matrix that begins at row ``w_row``; then come ``ahead``'s."""
+    stay_apart()
     for tile in range(start, stop):
         at = w_row + tile * depth
         following = at + depth if tile + 1 < stop else ahead
@@ -353,6 +360,7 @@ def _attend(
     weights with latents. The softmax runs along: when a block raises the highest score, what was
     summed before shrinks.
     """
+    stay_apart()
     width, latent, heads = shape.latent + shape.rope, shape.latent, shape.heads
     kv, query, out, stats = buffers.kv, buffers.q_key, buffers.parts, buffers.stats
     scores, tops = private[: 8 + heads * BLOCK], private[8 + heads * BLOCK :]
@@ -388,12 +396,10 @@ def _attend(
             for i in range(0, num, 6):
                 at, ahead = offsets(six, key_at, i), offsets(six, next_at, i)
                 sums = zeros(12, 8)
-                for c in range(0, width, 16):
-                    if pair == 0:
-                        prefetch_rows(six, kv, ahead, c)
+                for c in range(8 * pair, width, 8 * heads):  # each pair fetches its share
+                    prefetch_rows(six, kv, ahead, c)
+                for c in range(0, width, 8):
                     sums = multiply_add_pairs(sums, query, pair_at, kv, at, c)
-                    if c + 8 < width:
-                        sums = multiply_add_pairs(sums, query, pair_at, kv, at, c + 8)
                 store_totals(scores, own + 2 * i, sums)
             if num < BLOCK:
                 store(scores, own + 2 * num, none)
@@ -613,9 +619,9 @@ def _step(
             _lay(z_at, head * shape.key_padded, heads * shape.key_padded, num)
             w_row, ahead = at[Q_B] + head * q_rows, at[W_UK] + head * key_rows
             tiles = shape.q_padded // TILE
-            _tiles(w, w_row, q_rank, 0, tiles, normed, x_at, b.q, y_at, num, STORE, ahead)
+            _tiles(w, w_row, q_rank, NONE, tiles, normed, x_at, b.q, y_at, num, STORE, ahead)
             w_row, ahead, tiles = ahead, w_row + q_rows, latent // TILE
-            _tiles(w, w_row, shape.nope, 0, tiles, b.q, y_at, b.q_key, z_at, num, STORE, ahead)
+            _tiles(w, w_row, shape.nope, NONE, tiles, b.q, y_at, b.q_key, z_at, num, STORE, ahead)
             for row in range(num):
                 _rotate(
                     b.q,
@@ -649,7 +655,7 @@ def _step(
             w_row, tiles = at[W_UV] + head * value_rows, shape.value_padded // TILE
             is_last = head + 1 == last_head
             ahead = at[OUT] + start * depth if is_last else w_row + value_rows
-            _tiles(w, w_row, latent, 0, tiles, b.parts, x_at, b.value, y_at, num, STORE, ahead)
+            _tiles(w, w_row, latent, NONE, tiles, b.parts, x_at, b.value, y_at, num, STORE, ahead)
         wait_for_all(b.control, BARRIER, num_threads)
 
         # -> x += attention
@@ -666,7 +672,9 @@ def _step(
         if experts:
             _lay(y_at, 0, router_width, num)
             tiles, ahead = router_width // TILE, at[GATE_UP]
-            _tiles(w, at[ROUTER], hidden, 0, tiles, normed, x_at, router, y_at, num, STORE, ahead)
+            _tiles(
+                w, at[ROUTER], hidden, NONE, tiles, normed, x_at, router, y_at, num, STORE, ahead
+            )
             _route(shape, num, router, vectors, at[BIAS], weights, row_of, ends, chosen)
             for place in range(num_places):
                 x_at[place] = row_of[place] * hidden
@@ -697,7 +705,18 @@ def _step(
                     ahead = w_row + 2 * hidden if tile + 1 < stop else w_next
                     here, there = x_at[first:], y_at[first:]
                     _tiles(
-                        w, w_row, hidden, 0, 2, normed, here, gate_up, there, count, STORE, ahead
+                        w,
+                        w_row,
+                        hidden,
+                        NONE,
+                        PAIR,
+                        normed,
+                        here,
+                        gate_up,
+                        there,
+                        count,
+                        STORE,
+                        ahead,
                     )
                     for place in range(first, ends[expert]):
                         gate = load(gate_up, y_at[place], 16)

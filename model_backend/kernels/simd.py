@@ -11,7 +11,9 @@ The barrier between threads is here as well: a ticket counter that is spun on.
 
 from __future__ import annotations
 
+import logging
 import sys
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from llvmlite import ir
@@ -33,18 +35,34 @@ EXP_POLYNOMIAL = (1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0)
 """Taylor's, for |x| <= ln 2 / 2: the first term left out is below 6e-9."""
 EXP_RANGE = (-87.0, 88.0)
 
+_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
 _FLOAT, _INT32, _INT64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 
 
 def compiled(function: Function) -> Function:
-    """Compile for this processor when first called, without the GIL; kept for later processes."""
-    return cast("Function", njit(nogil=True, cache=True, error_model="numpy")(function))
+    """Compile for this processor when first called, without the GIL; kept for later processes.
+
+    Kept beside the source, else in the user's cache, else in ``NUMBA_CACHE_DIR``; where none of
+    them can be written, every process compiles anew, and a warning says so.
+    """
+    try:
+        return cast("Function", njit(cache=True, **_OPTIONS)(function))
+    except RuntimeError:  # numba's word for "no place can be written"
+        _say_that_nothing_is_kept()
+        return cast("Function", njit(**_OPTIONS)(function))
+
+
+@cache
+def _say_that_nothing_is_kept() -> None:
+    logging.getLogger(__name__).warning(
+        "the compiled decoding step cannot be kept, so each process compiles it again: set "
+        "NUMBA_CACHE_DIR to a folder that can be written"
+    )
 
 
 def inlined(function: Function) -> Function:
     """Make a function a part of each that calls it: for large ones that one other calls."""
-    decorate = njit(nogil=True, error_model="numpy", inline="always")
-    return cast("Function", decorate(function))
+    return cast("Function", njit(inline="always", **_OPTIONS)(function))
 
 
 def intrinsic(function: Any = None, **options: Any) -> Any:
@@ -439,6 +457,17 @@ def exponential(typing: Any, a: Any) -> Any:
         return builder.fmul(value, power)
 
     return a(a), generate
+
+
+@intrinsic
+def stay_apart(typing: Any) -> Any:
+    """Keep the function that calls this a function of its own, compiled once for all callers."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.function.attributes.add("noinline")
+        return context.get_dummy_value()
+
+    return types.void(), generate
 
 
 @intrinsic

@@ -132,3 +132,12 @@ def test_the_exponential_is_exact_to_one_in_ten_million_and_ends_at_its_range():
     assert (y[:3] == y[7]).all()
     assert np.isfinite(y[3:6]).all()
     assert y[6] == 1
+
+
+def test_where_no_folder_can_be_written_code_is_compiled_in_each_process_and_a_warning_says_so(
+    monkeypatch, caplog
+):
+    monkeypatch.setattr("numba.core.caching.CompileResultCacheImpl._locator_classes", [])
+    double = compiled(lambda number: 2 * number)
+    assert double(21) == 42
+    assert "set NUMBA_CACHE_DIR" in caplog.text
