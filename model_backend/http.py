@@ -174,21 +174,30 @@ class ServerClient:
         """The running event loop's own; another loop gets others."""
         self._pools: WeakKeyDictionary[asyncio.AbstractEventLoop, Pool] = WeakKeyDictionary()
 
-    async def post(self, path: str, payload: Mapping[str, Any]) -> Any:
+    async def post(
+        self, path: str, payload: Mapping[str, Any], *, headers: Mapping[str, str] | None = None
+    ) -> Any:
         """Send ``payload`` once and give back the parsed answer.
+
+        ``headers`` go with this call beside those of all; their values are percent-encoded.
 
         Raises:
             ModelError: as the table at the top of this file; ``status`` where there was one.
             ContextOverflow: the server said that the prompt does not fit.
         """
-        return await self._call("POST", path, payload)
+        return await self._call("POST", path, payload, headers=headers)
 
     async def command(self, path: str, payload: Mapping[str, Any]) -> None:
         """Send ``payload`` once; of the answer only the status counts. Raises as ``post``."""
         await self._call("POST", path, payload, lambda _: None)
 
     async def stream(
-        self, path: str, payload: Mapping[str, Any], tell: Callable[[Any], None]
+        self,
+        path: str,
+        payload: Mapping[str, Any],
+        tell: Callable[[Any], None],
+        *,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         """Send ``payload`` once; ``tell`` gets each server-sent event, parsed, as it comes.
 
@@ -197,7 +206,7 @@ class ServerClient:
                 servers send under status 200 once they have begun.
         """
         events = _Events(self.base_url + path, tell)
-        await self._call("POST", path, payload, events.feed)
+        await self._call("POST", path, payload, events.feed, headers=headers)
         events.end()
 
     async def get(self, path: str) -> Any:
@@ -218,13 +227,15 @@ class ServerClient:
         path: str,
         payload: Mapping[str, Any] | None,
         on_body: Callable[[bytes], None] | None = None,
+        *,
+        headers: Mapping[str, str] | None = None,
     ) -> Any:
         pool, pace = self._connections()
         if method == "GET":
             return await self._send(pool, method, path, payload)
         began_s = await pace.enter()
         try:
-            answer = await self._send(pool, method, path, payload, on_body)
+            answer = await self._send(pool, method, path, payload, on_body, headers)
         except _BusyError as error:
             if error.status in _OVERLOADED:
                 pace.overloaded(began_s, error.retry_after_s)
@@ -257,11 +268,15 @@ class ServerClient:
         path: str,
         payload: Mapping[str, Any] | None,
         on_body: Callable[[bytes], None] | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> Any:
         url = self.base_url + path
         body = b"" if payload is None else to_json(payload)
         head = self._heads.get(method + url) or self._head(method, url)
-        content = b"%b%d\r\n\r\n%b" % (head, len(body), body)
+        more = b""
+        if headers:
+            more = "".join(f"\r\n{name}: {quote(headers[name])}" for name in headers).encode()
+        content = b"%b%d%b\r\n\r\n%b" % (head, len(body), more, body)
         try:
             async with asyncio.timeout(self._timeout_s):
                 response = await pool.request(content, on_body)

@@ -58,6 +58,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+_ROUTING_HEADER: Final = "X-SMG-Routing-Key"
+"""By which SGLang's own router, where one stands before its servers, keeps a dialogue on one."""
 _ABORT_WITHIN_S: Final = 5.0
 _HEALTHY_WITHIN_S: Final = 5.0
 _NUM_PROBED: Final = 4096
@@ -322,7 +324,8 @@ class SglangEngine:
             if tell is not None:
                 tell(piece)
 
-        answer = await self._post(number, payload, None if tell is None else keep)
+        listener = None if tell is None else keep
+        answer = await self._post(number, payload, listener, sampling.routing_key)
         generation = generation_of(answer, shape=shape, experts_from=experts_from)
         if pieces and not generation.version_spans:  # SGLang 0.5.11 tells them in the pieces only
             generation = replace(generation, version_spans=spans_of(pieces))
@@ -364,16 +367,21 @@ class SglangEngine:
             _log.warning(sentence)
 
     async def _post(
-        self, number: int, payload: dict[str, Any], tell: Callable[[Piece], None] | None
+        self,
+        number: int,
+        payload: dict[str, Any],
+        tell: Callable[[Piece], None] | None,
+        routing_key: str,
     ) -> Any:
         """One request, under an id of its own: an earlier try may still run on the server."""
         request_id = uuid.uuid4().hex
         self._running[request_id] = (number, anyio.Event())
         client, body = self._clients[number], {"rid": request_id, **payload}
+        headers = {_ROUTING_HEADER: routing_key} if routing_key else None
         try:
             if tell is None:
-                return await client.post("/generate", body)
-            return await _streamed(client, body, tell)
+                return await client.post("/generate", body, headers=headers)
+            return await _streamed(client, body, tell, headers)
         except anyio.get_cancelled_exc_class():
             with anyio.move_on_after(_ABORT_WITHIN_S, shield=True):
                 await self._abort(number, request_id)
@@ -475,7 +483,10 @@ def open_sglang(
 
 
 async def _streamed(
-    client: ServerClient, body: dict[str, Any], tell: Callable[[Piece], None]
+    client: ServerClient,
+    body: dict[str, Any],
+    tell: Callable[[Piece], None],
+    headers: dict[str, str] | None,
 ) -> Any:
     """The answer of one streamed request; its pieces go to ``tell`` on the way."""
     answers: list[Any] = []
@@ -489,7 +500,7 @@ async def _streamed(
             num_known += len(piece.token_ids)
             tell(piece)
 
-    await client.stream("/generate", {**body, "stream": True}, take)
+    await client.stream("/generate", {**body, "stream": True}, take, headers=headers)
     if not answers:
         raise ModelError(f"{client.base_url} sent a stream without an answer", retryable=True)
     return joined(answers)

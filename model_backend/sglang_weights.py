@@ -209,7 +209,9 @@ class SglangWeights:
         self._every = every
         self._tensors = [tensor for tensor in every if tensor.parameter in wanted]
         self._shapes = _parameter_shapes(self._tensors)
-        self._way, self._in_flight, self._dtype = way, in_flight, dtype
+        self._way: Way = way
+        self._in_flight: InFlight = in_flight
+        self._dtype = dtype
         self._bucket_bytes, self._verifies = bucket_bytes, verifies
         self._known: dict[ServerClient, _Facts] = {}
         self._lock = anyio.Lock()

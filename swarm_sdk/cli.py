@@ -284,7 +284,6 @@ def trace_export(
     out: Annotated[Path | None, typer.Option(help="File, or folder of hf, to be made.")] = None,
 ) -> None:
     """Write trajectories, one row a branch: ids, mask, log-probs (docs/trajectories.md)."""
-    from dataclasses import asdict
     from typing import get_args
 
     from swarm_sdk.traces import export
@@ -297,7 +296,7 @@ def trace_export(
         if form == "jsonl":
             for one in episodes:
                 for branch in branches(ledger, one.id):
-                    _print_json(asdict(branch) | {"mask": branch.mask})
+                    _print_json(export.branch_to_json(branch))
         elif form not in get_args(export.Format):
             raise ConfigError(f"unknown format '{form}'; use jsonl, parquet, hf, slime or verl")
         elif out is None:

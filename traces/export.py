@@ -10,10 +10,11 @@ An episode that cannot train is told with its reason; it is never left out in si
 
 from __future__ import annotations
 
+import base64
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -79,10 +80,19 @@ def _rows(
             yield _row(episode, number, branch)
 
 
+def branch_to_json(branch: Branch) -> dict[str, Any]:
+    """A branch as one JSON object; experts as base64 of uint16, with their shape."""
+    stored: dict[str, Any] = {**asdict(branch), "mask": branch.mask}
+    if branch.experts is not None:
+        stored["experts"]["data"] = base64.b64encode(branch.experts.data).decode("ascii")
+    return stored
+
+
 def _row(episode: EpisodeRecord, number: int, branch: Branch) -> dict[str, Any]:
     launch = episode.settings.get("launch", {})
     sampling = episode.settings.get("sampling", {})
     rewards = (episode.summary or {}).get("rewards", {})
+    experts = branch.experts
     return {
         "schema_version": TRAJECTORY_SCHEMA,
         "episode_id": episode.id,
@@ -99,6 +109,9 @@ def _row(episode: EpisodeRecord, number: int, branch: Branch) -> dict[str, Any]:
         "logprobs": list(branch.logprobs),
         "weight_versions": list(branch.weight_versions),
         "media": list(branch.media),
+        "experts": None if experts is None else experts.data,
+        "experts_layers": None if experts is None else experts.num_layers,
+        "experts_chosen": None if experts is None else experts.num_chosen,
         "reward": rewards.get("reward"),
         "rewards": json.dumps(rewards),
         "status": episode.status,
@@ -123,6 +136,9 @@ def _schema() -> Any:
         "logprobs": pa.list_(pa.float32()),
         "weight_versions": pa.list_(pa.int32()),
         "media": pa.list_(pa.string()),
+        "experts": pa.binary(),
+        "experts_layers": pa.int32(),
+        "experts_chosen": pa.int32(),
         "reward": pa.float64(),
         "rewards": pa.string(),
         "status": pa.string(),

@@ -10,6 +10,7 @@ Keys, by model (random: 384 experts, random weights, where ties abound; nano: tr
 trainer's precision (float32, bfloat16; the weights are the same bfloat16): plain, replayed (mean
 |difference|), max_plain, max_replayed, flipped (share of (token, layer) pairs with other experts in
 our model).
+pictures (as plain, of tokens sampled after a picture that each of the two has encoded).
 mean_abs_dlogprob_plain and mean_abs_dlogprob_replayed are those of `random` in float32.
 tokens_per_s and tokens_per_s_recorded: without and with experts asked for, 32 calls at once.
 """
@@ -17,6 +18,7 @@ tokens_per_s and tokens_per_s_recorded: without and with experts asked for, 32 c
 from __future__ import annotations
 
 import argparse
+import io
 import random
 import sys
 import tempfile
@@ -26,7 +28,9 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import numpy as np
 import torch
+from PIL import Image as Pillow
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "gpu")]
@@ -35,11 +39,18 @@ from report import report  # noqa: E402 - benchmarks/report.py
 from server import Server, middle, write_checkpoint, write_nano  # noqa: E402
 
 from swarm_sdk.config import nano_directory  # noqa: E402
+from swarm_sdk.model_backend.chat.tokenizer import Tokenizer  # noqa: E402
 from swarm_sdk.model_backend.model.kimi import KimiModel  # noqa: E402
+from swarm_sdk.model_backend.model.media import (  # noqa: E402
+    MediaBatch,
+    MediaItem,
+    decode_image,
+    preprocess_image,
+)
 from swarm_sdk.model_backend.model.mla import FullAttention  # noqa: E402
 from swarm_sdk.model_backend.sglang_client import SglangEngine, open_sglang  # noqa: E402
 from swarm_sdk.model_backend.weights import checkpoint  # noqa: E402
-from swarm_sdk.types import Generation, Sampling  # noqa: E402
+from swarm_sdk.types import Generation, Image, Sampling  # noqa: E402
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -87,10 +98,11 @@ def measure(name: str, folder: Path, logs: Path, options: argparse.Namespace) ->
     log = logs / f"agreement-{name}.log"
     with Server(folder, log, device=options.device, flags=flags) as server:
         sampled, figures = anyio.run(sample, server.url, folder, options)
+        seen = anyio.run(look, server.url, folder, options)
     source = nano_directory() if name == "nano" else folder
     for precision, dtype in PRECISIONS.items():
         model = checkpoint.load(source, dtype=dtype, device=options.device)
-        figures[precision] = compare(model, sampled)
+        figures[precision] = compare(model, sampled) | compare_pictures(model, seen)
         del model
     return figures
 
@@ -124,6 +136,44 @@ async def sample(
             rates[kind] = sum(len(generation.token_ids) for _, generation in kept) / seconds
     await engine.aclose()
     return list(kept), dict(rates)
+
+
+async def look(
+    url: str, folder: Path, options: argparse.Namespace
+) -> list[tuple[tuple[int, ...], Generation, MediaItem]]:
+    """Calls with a picture each."""
+    engine = open_sglang(url, folder).engine
+    assert isinstance(engine, SglangEngine)
+    special = Tokenizer.from_dir(folder).special
+    draw, pixels = random.Random(1), np.random.default_rng(1)
+    found = []
+    for width, height in ((224, 160), (75, 300)):
+        encoded = io.BytesIO()
+        shape = (height, width, 3)
+        Pillow.fromarray(pixels.integers(0, 256, shape, dtype=np.uint8)).save(encoded, "PNG")
+        picture = Image(encoded.getvalue())
+        item = preprocess_image(decode_image(picture.data))
+        text = [draw.randrange(300, 3_000) for _ in range(32)]
+        pads = [special.media_pad] * item.num_tokens
+        prompt = (*text[:16], special.media_begin, *pads, special.media_end, *text[16:])
+        sampling = Sampling(max_tokens=options.max_tokens)
+        found.append((prompt, await engine.generate(prompt, sampling, [picture]), item))
+    await engine.aclose()
+    return found
+
+
+@torch.inference_mode()
+def compare_pictures(
+    model: KimiModel, seen: list[tuple[tuple[int, ...], Generation, MediaItem]]
+) -> dict[str, float]:
+    """Mean difference of the tokens sampled after a picture, with our own routing."""
+    device = model.embed_tokens.weight.device
+    differences = []
+    for prompt, generation, item in seen:
+        ids = torch.tensor([*prompt, *generation.token_ids], device=device)
+        mine = logprobs(model, ids, len(prompt), media=MediaBatch.of([item]))
+        differences.append((torch.tensor(generation.logprobs, device=device) - mine).abs())
+    return {"pictures": float(torch.cat(differences).mean())}
 
 
 @torch.inference_mode()
@@ -170,12 +220,13 @@ def logprobs(
     *,
     chosen: list[torch.Tensor] | None = None,
     replayed: Sequence[torch.Tensor] | None = None,
+    media: MediaBatch | None = None,
 ) -> torch.Tensor:
     """Log-probabilities of the sampled ids, in one pass over all but the last."""
     read = ids[:-1]
     attention = FullAttention(model.config.text_config, [len(read)])
     positions = torch.arange(len(read), device=ids.device)
-    hidden = model(read, positions, attention, None, chosen, replayed)
+    hidden = model(read, positions, attention, media, chosen, replayed)
     logits = model.logits(hidden[num_prompt - 1 :])
     return logits.log_softmax(-1).gather(1, ids[num_prompt:, None]).squeeze(1)
 

@@ -1,5 +1,6 @@
 """The ledger becomes branches, exports and counts of drift."""
 
+import base64
 import json
 import struct
 from dataclasses import asdict, replace
@@ -16,7 +17,7 @@ from swarm_sdk.model_backend.chat.template import ChatFormat
 from swarm_sdk.model_backend.chat.tokenizer import Tokenizer
 from swarm_sdk.testing import ScriptedModel, call, calls
 from swarm_sdk.traces.drift import count_drift
-from swarm_sdk.traces.export import TRAJECTORY_SCHEMA, export
+from swarm_sdk.traces.export import TRAJECTORY_SCHEMA, branch_to_json, export
 from swarm_sdk.traces.ledger import AgentRecord, EpisodeRecord, Ledger, StepRecord
 from swarm_sdk.traces.trajectory import branches, message_graph, orchestrator_branches
 
@@ -133,6 +134,22 @@ def test_experts_of_the_turns_join_to_those_of_every_position_but_the_last(tmp_p
     assert branch.experts is not None
     assert len(branch.experts) == len(branch.token_ids) - 1 == 5
     assert branch.experts.data == experts_of(range(5))["routed_experts"]
+
+
+def test_experts_are_exported_with_their_shape(tmp_path: Path) -> None:
+    part = experts_of(range(3))
+    step = replace(
+        sample([1, 2], [3, 4], experts=part["experts"]), routed_experts=part["routed_experts"]
+    )
+    ledger = recorded(tmp_path / "runs", step)
+    export(ledger, ledger.episodes(), "parquet", tmp_path / "out.parquet")
+    [row] = read(tmp_path / "out.parquet")
+    assert row["experts"] == part["routed_experts"]
+    assert (row["experts_layers"], row["experts_chosen"]) == (2, 1)
+    (branch,) = branches(ledger, "e")
+    told = json.loads(json.dumps(branch_to_json(branch)))
+    assert base64.b64decode(told["experts"]["data"]) == part["routed_experts"]
+    assert told["token_ids"] == [1, 2, 3, 4]
 
 
 def test_a_branch_with_a_turn_that_told_no_experts_has_none(tmp_path: Path) -> None:

@@ -455,6 +455,16 @@ async def test_calls_of_one_key_stay_on_one_server_and_keys_spread(wire):
 
 
 @pytest.mark.anyio
+async def test_sglangs_router_is_told_the_key_of_the_dialogue(wire):
+    async with wire.serving(wire.replies(answer())) as server:
+        await generate(server, sampling=Sampling(routing_key="main/finder.3 \r\nX: y"))
+        await generate(server)
+    first, second = server.headers
+    assert first["X-SMG-Routing-Key"] == "main/finder.3%20%0D%0AX%3A%20y"
+    assert "X-SMG-Routing-Key" not in second
+
+
+@pytest.mark.anyio
 async def test_a_server_that_dies_in_a_call_gives_its_dialogues_to_the_others(wire, caplog):
     async def dies(request: web.Request) -> web.StreamResponse:
         request.transport.abort()
