@@ -49,7 +49,7 @@ SETTINGS = {
     "min_entities": "3",  # a third of the questions (3, 4) can be answered alone
     "max_entities": "8",
     "max_tokens": "512",  # the longest turns that make sense have 400
-    "episode_tokens": "2500",  # and episodes of 8 entities 1,600, all agents together
+    "episode_tokens": "12000",  # used 1,600 at 8 entities; in flight 9 agents hold 4,600
     "ahead": "4",  # questions more than a batch takes: nobody waits for the slowest episodes
     "anneal_steps": "10",  # the helpers are gone well before the end: what stays pays for itself
     "max_episodes": "256",
