@@ -51,7 +51,7 @@ SETTINGS = {
     "max_tokens": "512",  # the longest turns that make sense have 400
     "episode_tokens": "12000",  # used 1,600 at 8 entities; in flight 9 agents hold 4,600
     "ahead": "4",  # questions more than a batch takes: nobody waits for the slowest episodes
-    "anneal_steps": "10",  # the helpers are gone well before the end: what stays pays for itself
+    "anneal_steps": "10",  # λ1 and λ2 are 0 well before the end: what stays pays for itself
     "max_episodes": "256",
     "max_running": "256",
 }
