@@ -239,11 +239,10 @@ class GuestApp(ipykernel.kernelapp.IPKernelApp):
     def load_config_file(self, *_: Any, **__: Any) -> None:
         """There is none."""
 
-    def _bind_socket(self, s: Any, port: int) -> int:
+    def _bind_socket(self, s: Any, port: int) -> Any:
         """Let messages wait for a client that is busy: past this many they would be dropped."""
         s.sndhwm = MAX_UNSENT
-        found: int = super()._bind_socket(s, port)
-        return found
+        return super()._bind_socket(s, port)
 
     def init_signal(self) -> None:
         """Between cells an interrupt means nothing."""
