@@ -360,3 +360,15 @@ async def test_no_kernel_finds_the_key_of_another_in_its_memory():
         wanted = [hashlib.sha256(sandbox._wire._key).hexdigest() for sandbox in sandboxes]
         for sandbox, found in zip(sandboxes, ("[True, False]", "[False, True]"), strict=True):
             assert await run(sandbox, f"WANTED = {wanted}\n{TOKENS}", 60) == ("ok", found)
+
+
+async def test_a_client_that_is_busy_for_a_moment_misses_nothing():
+    async with KernelSandbox() as sandbox, anyio.create_task_group() as group:
+
+        async def be_busy():
+            await anyio.sleep(0.1)
+            time.sleep(2)  # noqa: ASYNC251 - that is what is tested
+
+        group.start_soon(be_busy)
+        code = "from IPython.display import clear_output\nfor _ in range(4000): clear_output()\n"
+        assert await run(sandbox, code + "print('end')") == ("ok", "end")

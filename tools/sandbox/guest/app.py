@@ -50,6 +50,8 @@ from swarm_sdk.tools.sandbox.guest.vision import (
 )
 
 MAX_SHOWN = 64
+MAX_UNSENT = 2**17
+"""Messages on their way to a client; what they hold counts as memory of the sandbox."""
 MAX_VARIABLES = 64
 MAX_TRACEBACK_CHARS = 20_000
 _PORTS = ("shell_port", "iopub_port", "stdin_port", "hb_port", "control_port")
@@ -236,6 +238,11 @@ class GuestApp(ipykernel.kernelapp.IPKernelApp):
 
     def load_config_file(self, *_: Any, **__: Any) -> None:
         """There is none."""
+
+    def _bind_socket(self, s: Any, port: int) -> Any:
+        """Let messages wait for a client that is busy: past this many they would be dropped."""
+        s.sndhwm = MAX_UNSENT
+        return super()._bind_socket(s, port)
 
     def init_signal(self) -> None:
         """Between cells an interrupt means nothing."""
