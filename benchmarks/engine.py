@@ -139,7 +139,10 @@ class _Turns:
     """The same, and ``num_new`` tokens more."""
 
     def tokens_per_s(self, of: Callable[[list[float]], float]) -> float:
-        return self.batch * self.num_new / (of(self.all_s) - of(self.prompt_s))
+        seconds = of(self.all_s) - of(self.prompt_s)
+        if seconds <= 0:
+            raise SystemExit("the machine is too busy: N more tokens took no longer; try again")
+        return self.batch * self.num_new / seconds
 
     def __str__(self) -> str:
         return f"{self.prompt_s[-1]:.3f} s, {self.all_s[-1]:.3f} s"

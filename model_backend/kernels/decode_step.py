@@ -773,7 +773,8 @@ def post(shape: Shape, b: Buffers) -> int:
     """Announce a step to all threads, which see what was written before; returns its number."""
     for layer in range(shape.layers):
         b.control[ATTENTION + layer] = 0
-    return int(take_ticket(b.control, POSTED)) + 1
+    number: int = take_ticket(b.control, POSTED) + 1
+    return number
 
 
 @compiled
