@@ -118,7 +118,7 @@ def test_the_bits_are_those_of_the_compressed_tensors_library(library: Any) -> N
     assert torch.equal(ours.packed, helpers.pack_to_int32(codes, 4))
     theirs = helpers.unpack_from_int32(ours.packed, 4, torch.Size(w.shape))
     assert torch.equal(int4.unpack(ours.packed), theirs)
-    assert torch.equal(int4.dequantize(ours), forward.dequantize(theirs, ours.scale))
+    assert torch.equal(int4.dequantize(ours), forward.dequantize(theirs, ours.scale, args=args))
 
 
 def test_the_layout_of_the_release_has_208_550_tensors_and_554_gib() -> None:
