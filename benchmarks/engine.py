@@ -2,10 +2,10 @@
 
     python benchmarks/engine.py [--json] [--quick]
 
-Both engines take turns in one run. A turn times generating 1 token, prompt included, and the same
-with N more; the difference of the two is decoding alone. Other load can only make a turn longer, so
-a side's speed is that of its shortest time of each kind, for both sides alike; what the medians of
-the same times give stands beside it (``_median``).
+Both engines take turns in one run, each over the same prompts. Decoding alone is timed, from the
+step that read the last prompt to the last token, by clocks between the steps. Other load can only
+make a turn longer, so a side's speed is that of its best turn, for both sides alike; what the
+medians give stands beside it (``_median``).
 
 Keys: decode_ratio_b32 and decode_ratio_b1 (tokens a second over transformers' generate with its
 default experts, greedy, float32, the same prompts, same run), decode_ratio_b32_NAME (over the same
@@ -26,7 +26,6 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,8 +43,7 @@ from swarm_sdk.model_backend.weights.checkpoint import load, save
 from swarm_sdk.types import Sampling
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
+    from swarm_sdk.model_backend.engine.scheduler import Chunk
     from swarm_sdk.model_backend.model.config import TextConfig
 
 PROMPT_TOKENS = 96
@@ -76,22 +74,18 @@ def main() -> None:
     peers: dict[str, float] = {}
     for batch in (1, 32):
         prompts = _prompts(batch)
-        ours, theirs = _Turns(batch, num_new), _Turns(batch, num_new)
+        ours: list[float] = []
+        theirs: list[float] = []
         for _ in range(turns):
-            for times in ("prompt_s", "all_s"):
-                n = 1 if times == "prompt_s" else num_new + 1
-                getattr(ours, times).append(anyio.run(_decode_ours, model, prompts, n))
-                getattr(theirs, times).append(_decode_theirs(peer, prompts, n))
-            sys.stderr.write(f"batch {batch}: {ours} and {theirs}\n")
-        for suffix, of in (("", min), ("_median", statistics.median)):
-            ratio = ours.tokens_per_s(of) / theirs.tokens_per_s(of)
-            results[f"decode_ratio_b{batch}{suffix}"] = round(ratio, 2)
-            results[f"tokens_per_s_b{batch}{suffix}"] = round(ours.tokens_per_s(of), 1)
-            key = f"transformers_tokens_per_s_b{batch}{suffix}"
-            peers[key] = round(theirs.tokens_per_s(of), 1)
+            ours.append(anyio.run(_decode_ours, model, prompts, num_new))
+            theirs.append(_decode_theirs(peer, prompts, num_new))
+            sys.stderr.write(f"batch {batch}: {ours[-1]:.0f} and {theirs[-1]:.0f} tokens/s\n")
+        for suffix, of in (("", max), ("_median", statistics.median)):
+            results[f"decode_ratio_b{batch}{suffix}"] = round(of(ours) / of(theirs), 2)
+            results[f"tokens_per_s_b{batch}{suffix}"] = round(of(ours), 1)
+            peers[f"transformers_tokens_per_s_b{batch}{suffix}"] = round(of(theirs), 1)
     for name, other in others.items():
-        seconds = [_decode_theirs(other, prompts, n) for n in (1, num_new + 1)]
-        theirs_per_s = batch * num_new / (seconds[1] - seconds[0])
+        theirs_per_s = _decode_theirs(other, prompts, num_new)
         sys.stderr.write(f"batch {batch}, transformers with {name}: {theirs_per_s:.0f} tokens/s\n")
         ratio = results["tokens_per_s_b32"] / theirs_per_s
         results[f"decode_ratio_b32_{name}"] = round(ratio, 2)
@@ -125,27 +119,6 @@ def main() -> None:
         "experts_of_decode_ratio": default_experts,
     }
     report("engine", settings, results, peers, as_json=options.as_json)
-
-
-@dataclass
-class _Turns:
-    """Times of one side, a number for each turn."""
-
-    batch: int
-    num_new: int
-    prompt_s: list[float] = field(default_factory=list)
-    """Prompts and one token of each sequence."""
-    all_s: list[float] = field(default_factory=list)
-    """The same, and ``num_new`` tokens more."""
-
-    def tokens_per_s(self, of: Callable[[list[float]], float]) -> float:
-        seconds = of(self.all_s) - of(self.prompt_s)
-        if seconds <= 0:
-            raise SystemExit("the machine is too busy: N more tokens took no longer; try again")
-        return self.batch * self.num_new / seconds
-
-    def __str__(self) -> str:
-        return f"{self.prompt_s[-1]:.3f} s, {self.all_s[-1]:.3f} s"
 
 
 def _flops_per_token(text: TextConfig, num_keys: int) -> float:
@@ -233,32 +206,56 @@ def _load_peer(folder: str, experts: str | None = None) -> torch.nn.Module:
 
 
 async def _decode_ours(model: object, prompts: list[list[int]], num_new: int) -> float:
-    """Seconds from the requests to the last token; the engine is fresh, so nothing is cached."""
+    """Tokens a second of the steps after that which read the last prompt; a fresh engine."""
     engine = EmbeddedEngine(model, max_running=max(32, len(prompts)))
-    sampling = Sampling(temperature=0.0, max_tokens=num_new)
     await engine.generate([1, 2, 3], Sampling(temperature=0.0, max_tokens=2))
-    started_s = time.perf_counter()
+    runner = engine._runner  # noqa: SLF001 - nothing public stands between two steps
+    run, steps = runner.run, [(0.0, 0, True)]
+
+    def run_timed(chunks: list[Chunk]) -> list[tuple[int, float]]:
+        drawn = run(chunks)
+        reads_prompt = any(chunk.num_tokens > 1 for chunk in chunks)
+        steps.append((time.perf_counter(), len(chunks), reads_prompt))
+        return drawn
+
+    runner.run = run_timed
+    sampling = Sampling(temperature=0.0, max_tokens=num_new)
     async with anyio.create_task_group() as group:
         for prompt in prompts:
             group.start_soon(engine.generate, prompt, sampling)
-    seconds = time.perf_counter() - started_s
     await engine.aclose()
-    return seconds
+    last = max(at for at, (_, _, reads_prompt) in enumerate(steps) if reads_prompt)
+    num_tokens = sum(num for _, num, _ in steps[last + 1 :])
+    return num_tokens / (steps[-1][0] - steps[last][0])
+
+
+class _Clock:
+    """A logits processor that notes when it is called: once a step, behind the network."""
+
+    def __init__(self) -> None:
+        self.times_s: list[float] = []
+
+    def __call__(self, _input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.times_s.append(time.perf_counter())
+        return scores
 
 
 @torch.inference_mode()
 def _decode_theirs(peer: torch.nn.Module, prompts: list[list[int]], num_new: int) -> float:
-    ids = torch.tensor(prompts)
-    started_s = time.perf_counter()
+    """Tokens a second of the steps after that which read the prompts."""
+    from transformers import LogitsProcessorList
+
+    ids, clock = torch.tensor(prompts), _Clock()
     out = peer.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         do_sample=False,
         max_new_tokens=num_new,
         min_new_tokens=num_new,
+        logits_processor=LogitsProcessorList([clock]),
     )
     assert out.shape[1] == ids.shape[1] + num_new
-    return time.perf_counter() - started_s
+    return len(prompts) * (len(clock.times_s) - 1) / (clock.times_s[-1] - clock.times_s[0])
 
 
 async def _computed_tokens(model: object) -> int:
