@@ -44,10 +44,11 @@ class Runner:
         self.page_size: int = page_size
         self.max_running: int = max_running
         self.weight: Tensor = model.embed_tokens.weight.detach()
-        num_slots = (num_pages + can_capture(model)) * page_size  # a page for rows to spare
+        captures = can_capture(model)
+        num_slots = (num_pages + captures) * page_size  # a page for rows to spare
         self.kv: Tensor = kv_pool(model.config.text_config, num_slots, self.weight)
         self.graphs: GraphSteps | None = None
-        if can_capture(model):
+        if captures:
             self.graphs = GraphSteps(model, self.kv, page_size=page_size, max_sequences=max_running)
         self.stream: torch.cuda.Stream | None = None
         if self.kv.is_cuda:

@@ -1,11 +1,8 @@
 """The SGLang servers that ``tests/sglang/run.sh`` started, and our own model on their weights."""
 
-import importlib.util
 import os
-import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -17,7 +14,6 @@ from swarm_sdk.model_backend.weights import checkpoint
 
 URL = "SWARM_SGLANG_URL"
 CHECKPOINT = "SWARM_SGLANG_CHECKPOINT"
-PARITY = Path(__file__).parents[3] / "benchmarks" / "parity.py"
 
 
 @pytest.fixture(scope="session")
@@ -40,18 +36,6 @@ def our_model(checkpoint_dir: Path) -> KimiModel:
 @pytest.fixture(scope="session")
 def tokenizer(checkpoint_dir: Path) -> Tokenizer:
     return Tokenizer.from_dir(checkpoint_dir)
-
-
-@pytest.fixture(scope="session")
-def parity() -> ModuleType:
-    """``benchmarks/parity.py``: how our model and transformers are asked the same."""
-    spec = importlib.util.spec_from_file_location("benchmark_parity", PARITY)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="session")
