@@ -32,9 +32,9 @@ from swarm_sdk.model_backend.chat.tokenizer import Tokenizer
 from swarm_sdk.model_backend.model.config import KimiConfig, k25, nano
 from swarm_sdk.model_backend.model.kimi import KimiModel
 from swarm_sdk.model_backend.weights import checkpoint
+from swarm_sdk.model_backend.weights.servable import write_processor
 
 ROOT = Path(__file__).resolve().parents[2]
-PROCESSOR = ROOT / "tests" / "sglang" / "processing_kimi_k25.py"
 ON_CUDA = [
     *("--attention-backend", "triton", "--sampling-backend", "pytorch"),
     *("--mm-attention-backend", "triton_attn", "--grammar-backend", "none"),
@@ -158,12 +158,7 @@ def write_beside(folder: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(nano_directory() / name, folder)
     Tokenizer.from_dir(nano_directory()).save(folder)
-    shutil.copy(PROCESSOR, folder)
-    processor = {
-        "processor_class": "KimiK25Processor",
-        "auto_map": {"AutoProcessor": f"{PROCESSOR.stem}.KimiK25Processor"},
-    }
-    (folder / "processor_config.json").write_text(json.dumps(processor), encoding="utf-8")
+    write_processor(folder)
 
 
 def python_of_server(device: str) -> str:

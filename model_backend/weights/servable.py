@@ -55,7 +55,7 @@ def save_checkpoint(
     save(model, folder, dtype, is_int4=is_int4)
     tokenizer.save(folder)
     _write_server_tokenizer(tokenizer, Path(folder))
-    _write_processor(Path(folder))
+    write_processor(Path(folder))
 
 
 def servable(folder: Path, work: Path) -> Path:
@@ -78,7 +78,7 @@ def servable(folder: Path, work: Path) -> Path:
     if not has_tokenizer:
         _write_server_tokenizer(Tokenizer.from_dir(folder), work)
     if not has_processor:
-        _write_processor(work)
+        write_processor(work)
     return work
 
 
@@ -92,7 +92,8 @@ def _write_server_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         ) from error
 
 
-def _write_processor(folder: Path) -> None:
+def write_processor(folder: Path) -> None:
+    """Write the processor that SGLang loads, and the file that names it."""
     shutil.copyfile(PROCESSOR, folder / PROCESSOR.name)
     processor = {
         "processor_class": "KimiK25Processor",

@@ -8,7 +8,6 @@ log-probabilities of tokens differ widely, which those of the initialiser do not
 lie the tokenizer, as ``transformers`` and SGLang read it, and the processor that SGLang asks for.
 """
 
-import json
 import random
 import shutil
 import sys
@@ -23,8 +22,7 @@ from swarm_sdk.model_backend.chat.train_tokenizer import export_tokenizer_json, 
 from swarm_sdk.model_backend.model.config import nano
 from swarm_sdk.model_backend.model.kimi import KimiModel
 from swarm_sdk.model_backend.weights import checkpoint
-
-PROCESSOR = Path(__file__).with_name("processing_kimi_k25.py")
+from swarm_sdk.model_backend.weights.servable import write_processor
 
 
 def random_model() -> KimiModel:
@@ -72,12 +70,7 @@ def main(folder: Path, *, is_nano: bool) -> None:
         shutil.copytree(nano_directory(), folder)
     else:
         write_random(folder)
-    shutil.copy(PROCESSOR, folder)
-    processor = {
-        "processor_class": "KimiK25Processor",
-        "auto_map": {"AutoProcessor": f"{PROCESSOR.stem}.KimiK25Processor"},
-    }
-    (folder / "processor_config.json").write_text(json.dumps(processor, indent=2))
+    write_processor(folder)
 
 
 if __name__ == "__main__":
