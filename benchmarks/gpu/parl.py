@@ -141,7 +141,8 @@ def main() -> None:
         seconds["before"] = known["seconds"]["before"]
     else:
         results |= measured(
-            "before", run("before", *evaluation, "--only-swarm", "--policy", start, limit_s=left_s())
+            "before",
+            run("before", *evaluation, "--only-swarm", "--policy", start, limit_s=left_s()),
         )
     after_s = seconds["before"] * (3 if options.single else 1.3) + 10
     settings = SETTINGS | (MINI if options.mini else {}) | ABLATIONS[options.ablation]

@@ -69,7 +69,12 @@ def test_difficulty_sets_how_much_is_asked_for() -> None:
     task = long.draw(0)
     assert all(len(p.text) >= 9_000 for p in long.documents(task, task.facts["world"]))
     assert max(len(p.text) for p in short.documents(task, task.facts["world"])) < 3_000
-    for wrong in ({"min_entities": 5, "max_entities": 4}, {"document_chars": 0}, {"delay_s": -1}, {"alone": 1.1}):
+    for wrong in (
+        {"min_entities": 5, "max_entities": 4},
+        {"document_chars": 0},
+        {"delay_s": -1},
+        {"alone": 1.1},
+    ):
         with pytest.raises(ConfigError):
             Difficulty(**wrong)
 
