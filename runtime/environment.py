@@ -33,6 +33,10 @@ class EnvTask:
     task: Task
     facts: Mapping[str, Any] = field(default_factory=dict)
     """What the judge needs and the model never sees: the true answer, a rubric."""
+    can_spawn: bool = True
+    """Whether the orchestrator gets the tools to spawn with, where the swarm gives them at all."""
+    limits: Mapping[str, int] = field(default_factory=dict)
+    """Fields of ``Budget`` that are others for this task than for the swarm."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -154,6 +154,7 @@ async def run_episode(
                 "tools": sorted(settings.tools),
                 "roles": sorted(settings.declared),
                 "seed": settings.seed,
+                "can_spawn": settings.can_spawn,
                 "sampling": {
                     "temperature": settings.sampling.temperature,
                     "top_p": settings.sampling.top_p,

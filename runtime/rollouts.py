@@ -186,8 +186,12 @@ class RolloutManager:
                     settings = replace(
                         settings, seed=_seed(settings.seed, environment.name, task.id, sample)
                     )
-                launch = {"environment": environment.name, "task": task.id, "sample": sample}
-                settings = replace(settings, launch=launch)
+                settings = replace(
+                    settings,
+                    launch={"environment": environment.name, "task": task.id, "sample": sample},
+                    can_spawn=settings.can_spawn and task.can_spawn,
+                    budget=replace(settings.budget, **task.limits),
+                )
                 result = await run_episode(task.task, settings, self._ledger, self._tracer)
                 rewards, failure = await self._rewards(environment, task, result)
                 if failure is None:

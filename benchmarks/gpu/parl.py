@@ -84,6 +84,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--n", type=int, default=80, help="held-out questions")
     parser.add_argument("--set", action="append", default=[], help="KEY=VALUE of ParlConfig")
+    parser.add_argument("--single", action="store_true", help="after: the policy alone as well")
     parser.add_argument("--keep-ledger", action="store_true")
     parser.add_argument("--mini", action="store_true", help="minutes on two cores: proves the way")
     options = parser.parse_args()
@@ -129,7 +130,7 @@ def main() -> None:
             limit_s=serial_s + 240,
         )
     evaluation = [
-        *("benchmarks/swarm_vs_single.py", "--json", "--only-swarm", "--device", options.device),
+        *("benchmarks/swarm_vs_single.py", "--json", "--device", options.device),
         *("--n", "5" if options.mini else str(options.n), "--parallel", "64"),
         *("--within", SETTINGS["critical_steps"]),
     ]
@@ -140,9 +141,10 @@ def main() -> None:
         seconds["before"] = known["seconds"]["before"]
     else:
         results |= measured(
-            "before", run("before", *evaluation, "--policy", start, limit_s=left_s())
+            "before",
+            run("before", *evaluation, "--only-swarm", "--policy", start, limit_s=left_s()),
         )
-    after_s = seconds["before"] * 1.3 + 10
+    after_s = seconds["before"] * (3 if options.single else 1.3) + 10
     settings = SETTINGS | (MINI if options.mini else {}) | ABLATIONS[options.ablation]
     chosen = [f"{key}={value}" for key, value in settings.items()] + options.set
     run(
@@ -154,6 +156,8 @@ def main() -> None:
         *(f"--set={one}" for one in chosen),
         limit_s=max(left_s(), 60) + 240 * options.mini,
     )
+    if not options.single:
+        evaluation.append("--only-swarm")
     after = run("after", *evaluation, "--policy", str(out / "run" / "model"), limit_s=600)
     results |= measured("after", after)
     rows = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]

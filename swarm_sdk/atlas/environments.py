@@ -47,18 +47,6 @@ KEY_LINE = re.compile(r"^([\w][\w -]{0,39}): (\S.{0,119})$", flags=re.MULTILINE)
 """A line of a document that tells one fact."""
 
 
-class DrawnEnvironment(Environment):
-    """Tasks without end; the task of a number is always the same."""
-
-    def draw(self, index: int) -> EnvTask:
-        """The task of that number, from 0."""
-        raise NotImplementedError
-
-    def tasks(self) -> Iterator[EnvTask]:
-        """All tasks, in order."""
-        return map(self.draw, count())
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difficulty:
     """How much a question asks for."""
@@ -72,10 +60,17 @@ class Difficulty:
     """Of long documents: what stands around each fact."""
     delay_s: float = 0.02
     """Of bulk download: what the server waits before it answers."""
+    alone: float = 0.0
+    """Share of the questions that are put to an agent without tools to spawn with: a policy that
+    never works alone while it trains forgets how to."""
+    alone_steps: int = 30
+    """Critical steps of such an episode; one call at a time, N entities take 2 N + 1."""
 
     def __post_init__(self) -> None:
         if self.document_chars < 1 or self.delay_s < 0:
             raise ConfigError("document_chars must be at least 1 and delay_s at least 0")
+        if not 0 <= self.alone <= 1 or self.alone_steps < 1:
+            raise ConfigError("alone must be from 0 to 1 and alone_steps at least 1")
         if not 1 <= self.min_entities <= self.max_entities <= 12 or not 0 <= self.real_share <= 1:
             raise ConfigError(
                 "a difficulty needs 1 <= min_entities <= max_entities <= 12 and a real_share from "
@@ -83,12 +78,39 @@ class Difficulty:
             )
 
 
-class AtlasEnvironment(DrawnEnvironment):
-    """Questions of one kind, each asked of a world of its own or of the real training pages."""
+class DrawnEnvironment(Environment):
+    """Tasks without end; the task of a number is always the same."""
 
     def __init__(self, seed: int = 0, difficulty: Difficulty | None = None) -> None:
         self.seed: int = seed
         self.difficulty: Difficulty = difficulty or Difficulty()
+
+    def draw(self, index: int) -> EnvTask:
+        """The task of that number, from 0."""
+        raise NotImplementedError
+
+    def tasks(self) -> Iterator[EnvTask]:
+        """All tasks, in order."""
+        return map(self.draw, count())
+
+    def drawn(self, index: int, question: Question, facts: Mapping[str, Any]) -> EnvTask:
+        """The task of a question; a share of them is put to an agent that cannot spawn."""
+        name = f"{self.name}-{self.seed}-{index}"
+        is_alone = random.Random(f"{name}/alone").random() < self.difficulty.alone
+        return EnvTask(
+            name,
+            Task(question.prompt, question.files),
+            {"question": question, **facts},
+            can_spawn=not is_alone,
+            limits={"critical_steps": self.difficulty.alone_steps} if is_alone else {},
+        )
+
+
+class AtlasEnvironment(DrawnEnvironment):
+    """Questions of one kind, each asked of a world of its own or of the real training pages."""
+
+    def __init__(self, seed: int = 0, difficulty: Difficulty | None = None) -> None:
+        super().__init__(seed, difficulty)
         self._corpora: dict[str, Corpus] = {}
 
     def question(self, rng: random.Random, pages: World) -> Question:
@@ -103,12 +125,7 @@ class AtlasEnvironment(DrawnEnvironment):
             pages = world("train") if is_real else invent_world(rng)
             if self.fits(pages):
                 break
-        question = self.question(rng, pages)
-        return EnvTask(
-            f"{self.name}-{self.seed}-{index}",
-            Task(question.prompt, question.files),
-            {"question": question, "world": pages},
-        )
+        return self.drawn(index, self.question(rng, pages), {"world": pages})
 
     def fits(self, pages: World) -> bool:
         """Whether questions of this kind can be asked of a world."""
@@ -245,10 +262,6 @@ class BulkDownload(DrawnEnvironment):
 
     name = "bulk-download"
 
-    def __init__(self, seed: int = 0, difficulty: Difficulty | None = None) -> None:
-        self.seed: int = seed
-        self.difficulty: Difficulty = difficulty or Difficulty()
-
     def draw(self, index: int) -> EnvTask:
         """The files of that number, and the table of their rows and sums."""
         rng = random.Random(f"{self.seed}/{self.name}/{index}")
@@ -271,7 +284,7 @@ class BulkDownload(DrawnEnvironment):
             + ", ".join(files),
             answer=table(["rows", "total"], rows),
         )
-        return EnvTask(question.id, Task(question.prompt), {"question": question, "files": files})
+        return self.drawn(index, question, {"files": files})
 
     @asynccontextmanager
     async def toolset(self, task: EnvTask) -> AsyncIterator[Sequence[Tool]]:
@@ -341,8 +354,7 @@ class Documents(WideSearch):
                 question = self.question(rng, self._world)
             except (IndexError, ValueError):  # these documents share nothing short enough
                 continue
-            facts = {"question": question, "world": self._world}
-            return EnvTask(f"{self.name}-{self.seed}-{index}", Task(question.prompt), facts)
+            return self.drawn(index, question, {"world": self._world})
         raise ConfigError("no question can be asked of these documents: their values are too long")
 
     async def _corpus(self, task: EnvTask) -> Corpus:

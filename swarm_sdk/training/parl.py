@@ -459,7 +459,12 @@ def make_environment(config: ParlConfig) -> DrawnEnvironment:
     Raises:
         ConfigError: there is none that draws tasks by number.
     """
-    difficulty = Difficulty(min_entities=config.min_entities, max_entities=config.max_entities)
+    difficulty = Difficulty(
+        min_entities=config.min_entities,
+        max_entities=config.max_entities,
+        alone=config.alone,
+        alone_steps=config.main_steps,
+    )
     if config.documents:
         return Documents(Path(config.documents), config.seed, difficulty)
     kinds: tuple[type[AtlasEnvironment | BulkDownload], ...] = (

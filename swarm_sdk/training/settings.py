@@ -32,6 +32,9 @@ class ParlConfig:
     """A folder of your own documents to ask questions of, instead of the environment."""
     min_entities: int = 2
     max_entities: int = 8
+    alone: float = 0.0
+    """Share of the questions that are put to the policy without tools to spawn with, so that it
+    does not forget how to work alone; ``main_steps`` is their only limit on steps."""
     seed: int = 0
 
     # one iteration

@@ -128,7 +128,9 @@ class BatchReader:
             ]
             seen.append(read)
             batch.groups.append(self._samples(read, iteration, batch))
-        batch.figures = _figures(seen)
+        alone = [[one for one in group if not one.can_spawn] for group in seen]
+        batch.figures = _figures([[one for one in group if one.can_spawn] for group in seen])
+        batch.figures |= {f"alone_{key}": value for key, value in _figures(alone).items()}
         return batch
 
     def _read(
@@ -216,6 +218,10 @@ class _Seen:
     terms: Terms
     width: int
     temperature: float
+
+    @property
+    def can_spawn(self) -> bool:
+        return bool(self.record.settings.get("can_spawn", True))
 
     @property
     def num_trained(self) -> int:

@@ -69,9 +69,38 @@ def test_difficulty_sets_how_much_is_asked_for() -> None:
     task = long.draw(0)
     assert all(len(p.text) >= 9_000 for p in long.documents(task, task.facts["world"]))
     assert max(len(p.text) for p in short.documents(task, task.facts["world"])) < 3_000
-    for wrong in ({"min_entities": 5, "max_entities": 4}, {"document_chars": 0}, {"delay_s": -1}):
+    for wrong in (
+        {"min_entities": 5, "max_entities": 4},
+        {"document_chars": 0},
+        {"delay_s": -1},
+        {"alone": 1.1},
+    ):
         with pytest.raises(ConfigError):
             Difficulty(**wrong)
+
+
+@pytest.mark.parametrize("kind", [WideSearch, DeepSearch, BulkDownload])
+def test_a_share_of_the_questions_is_put_to_an_agent_that_cannot_spawn(kind) -> None:
+    plain, mixed = kind(4), kind(4, Difficulty(alone=0.3, alone_steps=17))
+    tasks = [mixed.draw(index) for index in range(60)]
+    assert 6 <= sum(not task.can_spawn for task in tasks) <= 32
+    for index, task in enumerate(tasks):
+        assert task.task == plain.draw(index).task, "the question is the same for both"
+        assert task.limits == ({} if task.can_spawn else {"critical_steps": 17})
+    assert all(plain.draw(index).can_spawn for index in range(60))
+
+
+def test_an_agent_alone_has_no_tools_to_spawn_with_and_limits_of_its_own(tmp_path: Path) -> None:
+    environment = WideSearch(5, Difficulty(alone=1.0, alone_steps=2))
+    offered: list[set[str]] = []
+
+    def search_on(messages, tools):
+        offered.append({tool.name for tool in tools})
+        return calls(call("search", query="x"))
+
+    done = rollout(environment, 0, tmp_path, ScriptedModel(search_on))
+    assert offered == [{"search", "open", "ipython"}] * 2
+    assert (done.result.critical_steps, done.rewards) == (2, {"reward": 0.0})
 
 
 def test_bulk_download_is_fetched_summed_up_and_judged(tmp_path: Path) -> None:

@@ -268,6 +268,17 @@ def test_figures_tell_what_there_is_to_learn_from(ledger) -> None:
     assert figures["share_spawned"] == 0.0
 
 
+def test_episodes_that_could_not_spawn_train_and_have_figures_of_their_own(ledger) -> None:
+    said = [(PROMPT, [5, 6])]
+    for number, reward in enumerate((0.0, 1.0, 0.25, 0.75)):
+        record(ledger, f"e{number}", said, reward, settings={"can_spawn": number < 2})
+    batch = BatchReader(reward=NO_HELP).read(ledger, groups(ledger, 2, 2), 0)
+    assert [len(group) for group in batch.groups] == [2, 2]
+    assert (batch.figures["reward"], batch.figures["reward_spread"]) == (0.5, 0.5)
+    assert (batch.figures["alone_reward"], batch.figures["alone_reward_spread"]) == (0.5, 0.25)
+    assert (batch.figures["episodes"], batch.figures["alone_episodes"]) == (2, 2)
+
+
 def test_toggle_takes_the_reward_of_long_answers_in_its_phase(ledger) -> None:
     for number, length in enumerate((2, 2, 2, 9)):
         record(ledger, f"e{number}", [([1], list(range(5, 5 + length)))], 1.0)
