@@ -25,6 +25,7 @@ from swarm_sdk.errors import (
     ModelError,
     SubagentError,
 )
+from swarm_sdk.runtime.budget import is_in_call
 from swarm_sdk.runtime.events import (
     AgentFinished,
     AgentStarted,
@@ -290,15 +291,16 @@ class _AgentRun:
         return dialogue, turn
 
     async def _sample(self, dialogue: Dialogue, stage: int) -> Turn:
-        """One model call within the budget; waits where the episode is paused."""
+        """One model call within the budget; waits while paused, or while others hold its room."""
         state, spec = self.state, self.spec
         self.agent.stop_if_cancelled()
-        if not state.gate.is_open:
-            await state.gate.opened()
-        state.gate.num_inside += 1
+        await state.gate.opened()
         used = NO_USAGE
+        reserved = await spec.meter.reserve(spec.sampling.max_tokens, dialogue.num_prompt_tokens)
         try:
-            reserved = spec.meter.reserve(spec.sampling.max_tokens, dialogue.num_prompt_tokens)
+            await state.gate.opened()  # it may have closed while the call waited for room
+            state.gate.num_inside += 1
+            was_in_call = is_in_call.set(True)
             try:
                 seed = self._seed(stage)
                 sampling = spec.sampling
@@ -312,9 +314,10 @@ class _AgentRun:
                     turn = await dialogue.sample(sampling)
                 used = Usage.of(turn.generation)
             finally:
-                spec.meter.settle(reserved, used)
+                is_in_call.reset(was_in_call)
+                state.gate.leave()
         finally:
-            state.gate.leave()
+            spec.meter.settle(reserved, used)
         self.used = used
         return turn
 
