@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -55,16 +56,16 @@ class Packing:
         if not any(before is not None for before in prefix_of):
             moved = q_ends.to(device, non_blocking=True)
             return cls(moved, moved, None, longest, longest)
-        pieces: list[Tensor] = []
+        pieces: list[np.ndarray] = []
         lengths = [0]
         for index, before in enumerate(prefix_of):
             own = [index] if before is None else [before, index]
-            pieces += [torch.arange(ends[one], ends[one + 1]) for one in own]
+            pieces += [np.arange(ends[one], ends[one + 1]) for one in own]
             lengths.append(sum(seq_lens[one] for one in own))
         return cls(
             q_ends.to(device, non_blocking=True),
-            torch.tensor(lengths).cumsum(0).int().to(device, non_blocking=True),
-            torch.cat(pieces).to(device, non_blocking=True),
+            torch.from_numpy(np.cumsum(lengths, dtype=np.int32)).to(device, non_blocking=True),
+            torch.from_numpy(np.concatenate(pieces)).to(device, non_blocking=True),
             longest,
             max(lengths),
         )

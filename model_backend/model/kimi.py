@@ -24,6 +24,7 @@ from swarm_sdk.errors import ConfigError
 from swarm_sdk.model_backend.model.media import MediaBatch
 from swarm_sdk.model_backend.model.mla import AttentionContext, LatentAttention
 from swarm_sdk.model_backend.model.moe import MixtureOfExperts, SwiGLU
+from swarm_sdk.model_backend.model.norm import RMSNorm
 from swarm_sdk.model_backend.model.rope import text_rotation
 from swarm_sdk.model_backend.model.vision import Projector, VisionTower
 
@@ -38,9 +39,9 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: TextConfig, layer_index: int) -> None:
         super().__init__()
-        self.input_layernorm: nn.RMSNorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm: RMSNorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn: LatentAttention = LatentAttention(config, layer_index)
-        self.post_attention_layernorm: nn.RMSNorm = nn.RMSNorm(
+        self.post_attention_layernorm: RMSNorm = RMSNorm(
             config.hidden_size, eps=config.rms_norm_eps
         )
         self.mlp: SwiGLU | MixtureOfExperts = (
@@ -83,7 +84,7 @@ class KimiModel(nn.Module):
         self.layers: nn.ModuleList = nn.ModuleList(
             DecoderLayer(text, layer_index) for layer_index in range(text.num_hidden_layers)
         )
-        self.norm: nn.RMSNorm = nn.RMSNorm(text.hidden_size, eps=text.rms_norm_eps)
+        self.norm: RMSNorm = RMSNorm(text.hidden_size, eps=text.rms_norm_eps)
         self.lm_head: nn.Linear = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.vision_tower: VisionTower = VisionTower(config.vision_config)
         self.mm_projector: Projector = Projector(config.vision_config)
@@ -103,12 +104,15 @@ class KimiModel(nn.Module):
         ``token_ids_T`` in order: items to encode, or features [M, D] from ``encode_media``.
         The ids of the experts that each mixture layer chose, [T, K], are appended to
         ``chosen_experts`` if it is given. ``replayed_experts``, such ids of another pass, are taken
-        instead of choosing.
+        instead of choosing. Under autocast the residual stream has its dtype, as in an engine whose
+        weights have it.
 
         Raises:
             ConfigError: the number of placeholders differs from that of the media tokens.
         """
         x_TD = self._embed(token_ids_T, media)
+        if torch.is_autocast_enabled(x_TD.device.type):
+            x_TD = x_TD.to(torch.get_autocast_dtype(x_TD.device.type))
         rotation_TP = text_rotation(positions_T, self.config.text_config)
         replayed = None if replayed_experts is None else iter(replayed_experts)
         for layer in self.layers:

@@ -24,11 +24,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from swarm_sdk.model_backend.kernels.attention import Packing, packed_attention
+from swarm_sdk.model_backend.model.norm import RMSNorm
 from swarm_sdk.model_backend.model.rope import rotate
 
 if TYPE_CHECKING:
@@ -150,10 +152,8 @@ class FullAttention:
     def _longest(self, x_THK: Tensor, *, with_prefix: bool = False) -> Tensor:
         """Length [segments, H], float32, of each segment's longest vector, its prefix included."""
         if self._segment_T is None:
-            segments = torch.arange(len(self.seq_lens)).repeat_interleave(
-                torch.tensor(self.seq_lens)
-            )
-            self._segment_T = segments.to(x_THK.device)
+            segments = np.repeat(np.arange(len(self.seq_lens)), self.seq_lens)
+            self._segment_T = torch.from_numpy(segments).to(x_THK.device)
         lengths_TH = _lengths(x_THK)
         longest_NH: Tensor = lengths_TH.new_zeros(len(self.seq_lens), lengths_TH.shape[1])
         places_TH = self._segment_T[:, None].expand_as(lengths_TH)
@@ -253,9 +253,9 @@ class LatentAttention(nn.Module):
         heads, q_rank, kv_rank = config.num_attention_heads, config.q_lora_rank, config.kv_lora_rank
         self.a_sizes: list[int] = [q_rank, kv_rank, config.qk_rope_head_dim]
         self.qkv_a_proj: nn.Linear = nn.Linear(config.hidden_size, sum(self.a_sizes), bias=False)
-        self.q_a_layernorm: nn.RMSNorm = nn.RMSNorm(q_rank, eps=config.rms_norm_eps)
+        self.q_a_layernorm: RMSNorm = RMSNorm(q_rank, eps=config.rms_norm_eps)
         self.q_b_proj: nn.Linear = nn.Linear(q_rank, heads * config.qk_head_dim, bias=False)
-        self.kv_a_layernorm: nn.RMSNorm = nn.RMSNorm(kv_rank, eps=config.rms_norm_eps)
+        self.kv_a_layernorm: RMSNorm = RMSNorm(kv_rank, eps=config.rms_norm_eps)
         kv_dim = config.qk_nope_head_dim + config.v_head_dim
         self.kv_b_proj: nn.Linear = nn.Linear(kv_rank, heads * kv_dim, bias=False)
         self.o_proj: nn.Linear = nn.Linear(

@@ -443,7 +443,8 @@ def _pack(units: Sequence[_Unit], num_questions: int) -> MicroBatch:
             start += len(own_S)
 
     def each(values: Sequence[float]) -> Tensor:
-        return torch.tensor(values).repeat_interleave(torch.tensor([len(c[0]) for c in columns]))
+        repeated = np.repeat(np.array(values, dtype=np.float32), [len(c[0]) for c in columns])
+        return torch.from_numpy(repeated)
 
     return MicroBatch(
         ids_T=torch.from_numpy(np.concatenate(ids).astype(np.int64)),
