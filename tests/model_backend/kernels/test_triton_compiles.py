@@ -48,8 +48,8 @@ KERNELS = [
     (
         "triton_kernels.grouped_product",
         (
-            "x_tiles=tensordesc<bf16[128,64]> w_tiles=tensordesc<bf16[256,64]> out=*bf16 starts=*i32 "
-            "ends=*i32 first_tiles=*i32 expert_of_tile=*i32 num_experts=i32 N=i32 K=i32"
+            "x_tiles=tensordesc<bf16[128,64]> w_tiles=tensordesc<bf16[256,64]> out=*bf16 "
+            "starts=*i32 ends=*i32 first_tiles=*i32 expert_of_tile=*i32 num_experts=i32 N=i32 K=i32"
         ),
         {"W_IS_NK": True, **TILES},
         TILED,
