@@ -13,6 +13,7 @@ our model).
 pictures (as plain, of tokens sampled after a picture that each of the two has encoded).
 mean_abs_dlogprob_plain and mean_abs_dlogprob_replayed are those of `random` in float32.
 tokens_per_s and tokens_per_s_recorded: without and with experts asked for, 32 calls at once.
+With --exact SGLang runs our model class (residual stream, router and output matrix in float32).
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--server-flags", default="", help="as --enable-deterministic-inference")
     parser.add_argument("--seconds", type=float, default=600.0, help="of the whole run")
+    parser.add_argument("--exact", action="store_true", help="our model class in SGLang")
     parser.add_argument("--out", type=Path, help="agreement.json, kept up, and the servers' logs")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--mini", action="store_true", help="nano only, a few calls")
@@ -107,6 +109,7 @@ def measure(parts: Parts, name: str, folder: Path, logs: Path, options: argparse
         device=options.device,
         flags=flags,
         ready_within_s=min(300.0, parts.left_s),
+        is_exact=options.exact,
     )
     sampled: list[tuple[tuple[int, ...], Generation]] = []
     seen: list[tuple[tuple[int, ...], Generation, MediaItem]] = []

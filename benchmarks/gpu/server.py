@@ -48,6 +48,7 @@ ON_CPU = [
     *("--cuda-graph-backend-prefill", "disabled", "--disable-overlap-schedule"),
     *("--max-total-tokens", "32768", "--enable-return-routed-experts", "--sleep-on-idle"),
 ]
+EXACT = {"SGLANG_EXTERNAL_MODEL_PACKAGE": "swarm_sdk.model_backend.serving.sglang_models"}
 TELL_EVERY_S = 10.0
 CPU_ENVIRONMENT = {"SGLANG_PLATFORM": "swarm_cpu", "SGLANG_USE_CPU_ENGINE": "0"}
 
@@ -182,6 +183,7 @@ class Server:
         device: str = "cuda",
         flags: list[str] | None = None,
         ready_within_s: float = 300,
+        is_exact: bool = False,
     ) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -196,6 +198,10 @@ class Server:
             *(flags or []),
         ]
         self._environment = os.environ | (CPU_ENVIRONMENT if device == "cpu" else {})
+        if is_exact:
+            path = os.environ.get("PYTHONPATH", "")
+            self._environment |= EXACT | {"PYTHONPATH": f"{path}:{ROOT}" if path else str(ROOT)}
+            self._command.append("--enable-fp32-lm-head")
 
     def __enter__(self) -> Server:
         began_s = time.perf_counter()
