@@ -65,8 +65,25 @@ MANY_ROWS: tuple[Candidate, ...] = (
 )
 
 
-def candidates(num_tokens: int) -> tuple[Candidate, ...]:
+INT4_FEW: tuple[Candidate, ...] = (
+    (16, 32, 64, 1, 4, 3),
+    (16, 32, 64, 1, 2, 4),
+    (16, 64, 64, 1, 4, 3),
+    (16, 32, 128, 1, 4, 3),
+)
+INT4_MANY: tuple[Candidate, ...] = (
+    (64, 64, 32, 8, 4, 3),
+    (64, 64, 64, 8, 4, 3),
+    (64, 128, 32, 8, 4, 3),
+    (128, 64, 32, 8, 4, 3),
+)
+"""The kernel of 4 bits takes small tiles only: it unpacks them in registers."""
+
+
+def candidates(num_tokens: int, *, is_int4: bool) -> tuple[Candidate, ...]:
     """What is worth a try at about ``num_tokens * 8 / 384`` rows an expert."""
+    if is_int4:
+        return INT4_FEW if num_tokens <= 512 else INT4_MANY
     if num_tokens <= 256:
         return FEW_ROWS
     return SOME_ROWS if num_tokens <= 1024 else MANY_ROWS
@@ -168,7 +185,8 @@ def tune(bench: Bench, folder: Path, *, is_int4: bool) -> None:
         x = bench.normal(num_tokens, HIDDEN)
         inputs[num_tokens] = (x, shares, ids.to(torch.int32))
         timed: dict[Candidate, float] = {}
-        for candidate in candidates(num_tokens)[-1:] if bench.is_quick else candidates(num_tokens):
+        tried = candidates(num_tokens, is_int4=is_int4)
+        for candidate in tried[-1:] if bench.is_quick else tried:
             with bench.kernel(f"fused moe {label} {num_tokens} {candidate}"):
                 timed[candidate] = graph_ms(
                     bench, weights.run, inputs[num_tokens], as_config(candidate)
