@@ -202,7 +202,7 @@ class Server:
         ]
         self._environment = os.environ | (CPU_ENVIRONMENT if device == "cpu" else {})
         if models:
-            folders = [os.environ.get("PYTHONPATH", ""), str(ROOT), str(HERE)]
+            folders = [os.environ.get("PYTHONPATH", ""), str(ROOT), str(HERE / "external")]
             self._environment["PYTHONPATH"] = ":".join(one for one in folders if one)
             self._environment["SGLANG_EXTERNAL_MODEL_PACKAGE"] = models
 
