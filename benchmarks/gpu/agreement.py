@@ -13,6 +13,7 @@ our model).
 pictures (as plain, of tokens sampled after a picture that each of the two has encoded).
 mean_abs_dlogprob_plain and mean_abs_dlogprob_replayed are those of `random` in float32.
 tokens_per_s and tokens_per_s_recorded: without and with experts asked for, 32 calls at once.
+With --exact SGLang runs our model class (residual stream, router and output matrix in float32).
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "gpu")]
 
 from parts import Parts  # noqa: E402 - benchmarks/gpu/parts.py
-from server import Server, middle, write_checkpoint, write_nano  # noqa: E402
+from server import EXACT, Server, middle, write_checkpoint, write_nano  # noqa: E402
 
 from swarm_sdk.config import nano_directory  # noqa: E402
 from swarm_sdk.model_backend.chat.tokenizer import Tokenizer  # noqa: E402
@@ -64,6 +65,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--server-flags", default="", help="as --enable-deterministic-inference")
     parser.add_argument("--seconds", type=float, default=600.0, help="of the whole run")
+    parser.add_argument("--exact", action="store_true", help="our model class in SGLang")
     parser.add_argument("--out", type=Path, help="agreement.json, kept up, and the servers' logs")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--mini", action="store_true", help="nano only, a few calls")
@@ -98,6 +100,8 @@ def measure(parts: Parts, name: str, folder: Path, logs: Path, options: argparse
     else:
         write_checkpoint(folder, middle(), options.device)
     flags = options.server_flags.split()
+    if options.exact:
+        flags.append("--enable-fp32-lm-head")
     if options.device == "cuda":
         flags += ["--mem-fraction-static", "0.5", "--context-length", "8192"]
         flags += ["--cuda-graph-bs", "1", "8", "32"]
@@ -107,6 +111,7 @@ def measure(parts: Parts, name: str, folder: Path, logs: Path, options: argparse
         device=options.device,
         flags=flags,
         ready_within_s=min(300.0, parts.left_s),
+        models=EXACT if options.exact else "",
     )
     sampled: list[tuple[tuple[int, ...], Generation]] = []
     seen: list[tuple[tuple[int, ...], Generation, MediaItem]] = []
@@ -164,8 +169,10 @@ async def look(
     """Calls with a picture each."""
     engine = open_sglang(url, folder).engine
     assert isinstance(engine, SglangEngine)
-    special = Tokenizer.from_dir(folder).special
-    draw, pixels = random.Random(1), np.random.default_rng(1)
+    tokenizer = Tokenizer.from_dir(folder)
+    special, pixels = tokenizer.special, np.random.default_rng(1)
+    # SGLang 0.5.11 spells the ids of a prompt with pictures and reads them again: no random ones.
+    before, after = (tokenizer.encode(text) for text in ("Look at the picture.", "What is in it?"))
     found = []
     for width, height in ((224, 160), (75, 300)):
         encoded = io.BytesIO()
@@ -173,11 +180,13 @@ async def look(
         Pillow.fromarray(pixels.integers(0, 256, shape, dtype=np.uint8)).save(encoded, "PNG")
         picture = Image(encoded.getvalue())
         item = preprocess_image(decode_image(picture.data))
-        text = [draw.randrange(300, 3_000) for _ in range(32)]
         pads = [special.media_pad] * item.num_tokens
-        prompt = (*text[:16], special.media_begin, *pads, special.media_end, *text[16:])
+        prompt = (*before, special.media_begin, *pads, special.media_end, *after)
         sampling = Sampling(max_tokens=options.max_tokens)
-        found.append((prompt, await engine.generate(prompt, sampling, [picture]), item))
+        generation = await engine.generate(prompt, sampling, [picture])
+        if generation.num_prompt_tokens != len(prompt):
+            raise RuntimeError(f"{generation.num_prompt_tokens} ids were read of {len(prompt)}")
+        found.append((prompt, generation, item))
     await engine.aclose()
     return found
 

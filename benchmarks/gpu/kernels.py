@@ -45,7 +45,7 @@ from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 from swarm_sdk.model_backend.kernels import attention, experts, fused, logprob, router  # noqa: E402
 from swarm_sdk.model_backend.kernels.attention import Packing  # noqa: E402
-from swarm_sdk.model_backend.kernels.grouped import Grouped, Tiled, TileShape  # noqa: E402
+from swarm_sdk.model_backend.kernels.grouped import Grouped, Mixed, Tiled, TileShape  # noqa: E402
 
 BF16 = torch.bfloat16
 HIDDEN, INNER, CHOSEN, VOCABULARY = 7168, 2048, 8, 163_840
@@ -385,6 +385,8 @@ def measure_experts(bench: Bench) -> None:
     num_rows = ids.numel()
     ways: dict[str, Any] = {}
     if bench.device == "cuda":
+        shape = TileShape.of(BF16)
+        ways["the model's"] = Mixed(ends, num_rows, shape)
         ways["torch"] = Grouped(ends)
         for s in TILE_SHAPES[:1] if bench.is_quick else TILE_SHAPES:
             name = f"triton {s.m}x{s.n}x{s.k} w{s.warps} s{s.stages}"

@@ -36,6 +36,7 @@ import sglang_server  # noqa: E402 - benchmarks/sglang_server.py
 from parts import Parts  # noqa: E402 - benchmarks/gpu/parts.py
 from server import (  # noqa: E402
     CPU_ENVIRONMENT,
+    DUMMIES,
     RandomWeights,
     Server,
     python_of_server,
@@ -120,6 +121,7 @@ async def measure(
         device=options.device,
         flags=flags,
         ready_within_s=min(300.0, parts.left_s),
+        models=DUMMIES if options.device == "cuda" and name != "nano" else "",
     )
     figures: dict[str, Any] = {}
     parts.results[name] = figures

@@ -34,7 +34,8 @@ from swarm_sdk.model_backend.model.kimi import KimiModel
 from swarm_sdk.model_backend.weights import checkpoint
 from swarm_sdk.model_backend.weights.servable import write_processor
 
-ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 ON_CUDA = [
     *("--attention-backend", "triton", "--sampling-backend", "pytorch"),
     *("--mm-attention-backend", "triton_attn", "--grammar-backend", "none"),
@@ -48,6 +49,9 @@ ON_CPU = [
     *("--cuda-graph-backend-prefill", "disabled", "--disable-overlap-schedule"),
     *("--max-total-tokens", "32768", "--enable-return-routed-experts", "--sleep-on-idle"),
 ]
+DUMMIES = "dummies"
+"""Package of the model class that starts without weights on a GPU."""
+EXACT = "swarm_sdk.model_backend.serving.sglang_models"
 TELL_EVERY_S = 10.0
 CPU_ENVIRONMENT = {"SGLANG_PLATFORM": "swarm_cpu", "SGLANG_USE_CPU_ENGINE": "0"}
 
@@ -172,7 +176,7 @@ def python_of_server(device: str) -> str:
 
 
 class Server:
-    """A SGLang server in a process group of its own."""
+    """A SGLang server in a process group of its own; ``models`` is a package of its models."""
 
     def __init__(
         self,
@@ -182,6 +186,7 @@ class Server:
         device: str = "cuda",
         flags: list[str] | None = None,
         ready_within_s: float = 300,
+        models: str = "",
     ) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -196,6 +201,10 @@ class Server:
             *(flags or []),
         ]
         self._environment = os.environ | (CPU_ENVIRONMENT if device == "cpu" else {})
+        if models:
+            folders = [os.environ.get("PYTHONPATH", ""), str(ROOT), str(HERE / "external")]
+            self._environment["PYTHONPATH"] = ":".join(one for one in folders if one)
+            self._environment["SGLANG_EXTERNAL_MODEL_PACKAGE"] = models
 
     def __enter__(self) -> Server:
         began_s = time.perf_counter()

@@ -33,7 +33,15 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "gpu")]
 
 from parts import Parts  # noqa: E402 - benchmarks/gpu/parts.py
-from server import Server, middle, post, random_model, true_shapes, write_config  # noqa: E402
+from server import (  # noqa: E402
+    DUMMIES,
+    Server,
+    middle,
+    post,
+    random_model,
+    true_shapes,
+    write_config,
+)
 
 from swarm_sdk.model_backend.model.kimi import KimiModel  # noqa: E402
 from swarm_sdk.model_backend.model.mla import FullAttention  # noqa: E402
@@ -83,6 +91,7 @@ async def measure(parts: Parts, options: argparse.Namespace) -> None:
             device=options.device,
             flags=flags,
             ready_within_s=min(300.0, parts.left_s),
+            models=DUMMIES if on_cuda else "",
         )
         with server:
             parts.results["ready_s"] = server.ready_s

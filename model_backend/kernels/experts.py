@@ -36,6 +36,7 @@ from swarm_sdk.model_backend.kernels.grouped import (
     Batched,
     Grouped,
     Looped,
+    Mixed,
     Products,
     Tiled,
     TileShape,
@@ -187,6 +188,10 @@ def lay_out(expert_ids_TK: Tensor, gate_up_E2ID: Tensor, down_EDI: Tensor) -> La
     num_choices = order_C.shape[0]
     place_C = torch.arange(num_choices, device=device)
     row_C = torch.empty_like(order_C)
+    if Mixed.fits(gate_up_E2ID, down_EDI):
+        row_C.scatter_(0, order_C, place_C)
+        mixed = Mixed(ends_E.int(), num_choices, TileShape.of(gate_up_E2ID.dtype))
+        return Layout(order_C // num_chosen, row_C, mixed)
     if Grouped.fits(gate_up_E2ID, down_EDI):
         row_C.scatter_(0, order_C, place_C)
         return Layout(order_C // num_chosen, row_C, Grouped(ends_E.int()))

@@ -5,7 +5,7 @@ import torch
 
 from swarm_sdk.model_backend.kernels import experts, fused, logprob, router
 from swarm_sdk.model_backend.kernels.experts import run_experts, run_experts_reference
-from swarm_sdk.model_backend.kernels.grouped import Looped, Tiled, TileShape
+from swarm_sdk.model_backend.kernels.grouped import Looped, Mixed, Tiled, TileShape
 
 pytest.importorskip("triton", minversion=None if torch.cuda.is_available() else "3.9")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -93,6 +93,20 @@ def test_tiled_products_are_those_of_a_loop(counts):
     close(tiled.apply(x, w), looped.apply(x, w), **tolerances)
     close(tiled.pull(y, w), looped.pull(y, w), **tolerances)
     close(tiled.outer(y, x), looped.outer(y, x), **tolerances)
+
+
+@COUNTS
+def test_mixed_products_are_those_of_a_loop(counts):
+    ends = torch.tensor(counts, device=DEVICE).cumsum(0).int()
+    mixed, looped = Mixed(ends, sum(counts), TileShape(16, 32, 16, 4, 2)), Looped(counts)
+    x, y, w = (
+        one.bfloat16()
+        for one in (normal(sum(counts), 48), normal(sum(counts), 80, seed=1), normal(4, 80, 48))
+    )
+    tolerances = {"rtol": 2e-2, "atol": 2e-2}
+    close(mixed.apply(x, w), looped.apply(x, w), **tolerances)
+    close(mixed.pull(y, w), looped.pull(y, w), **tolerances)
+    close(mixed.outer(y, x), looped.outer(y, x), **tolerances)
 
 
 @pytest.mark.parametrize("is_one_expert", [True, False])
