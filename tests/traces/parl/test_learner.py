@@ -150,6 +150,19 @@ def test_an_update_changes_the_text_weights_and_leaves_the_eyes(ledger) -> None:
         assert torch.equal(parameter, before[name]) == is_eye, name
 
 
+def test_an_update_clips_the_heads_whose_logits_its_own_forward_saw(ledger) -> None:
+    batch = batch_of(ledger)
+    optimizer = MuonClipConfig(lr=0.0, weight_decay=0.0, tau=0.05)  # the step itself does nothing
+    learner = Learner(model_of(0), LearnerConfig(optimizer=optimizer))
+    before = {n: p.detach().clone() for n, p in learner.model.named_parameters()}
+    _, logits_YH = learner.accumulate(batch)
+    figures = learner.update(batch)
+    assert figures["clipped_heads"] == int((logits_YH > 0.05).sum()) > 0
+    changed = {n for n, p in learner.model.named_parameters() if not torch.equal(p, before[n])}
+    assert {name.split(".")[-2] for name in changed} == {"q_b_proj", "kv_b_proj"}
+    assert float(learner.accumulate(batch)[1][0].max()) <= 0.05 * 1.001
+
+
 def test_tokens_of_the_trainers_own_version_are_compared_with_the_record(ledger) -> None:
     batch, model = batch_of(ledger), model_of(0)
     for sample in batch.samples:
@@ -247,6 +260,38 @@ def test_what_cannot_train_is_told_and_counted(ledger, change, reason, sentence)
     assert batch.figures["episodes"] == 2
 
 
+def add_subagent(ledger: Ledger, episode_id: str, ids: list[int]) -> None:
+    """A sub-agent of an episode that said ``ids``."""
+    child = AgentRecord(
+        path="main/a.0", parent_path="main", parent_stage=0, name="a", model="f", started_ns=1
+    )
+    ledger.begin_agent(episode_id, child)
+    ledger.append(
+        episode_id,
+        agent_path="main/a.0",
+        stage=0,
+        kind="sample",
+        body={"observed": [], "message": {}},
+        prompt_ids=[9, 9],
+        token_ids=ids,
+        logprobs=[-1.0] * len(ids),
+    )
+
+
+def test_what_sub_agents_sampled_trains_only_in_the_ablation_that_says_so(ledger) -> None:
+    for number in range(2):
+        record(ledger, f"e{number}", [([1], [2, 3])], float(number))
+        add_subagent(ledger, f"e{number}", [4, 5, 6])
+    batch = BatchReader(reward=NO_HELP).read(ledger, groups(ledger, 2), 0)
+    assert [sample.ids_S.tolist() for sample in batch.samples] == [[1, 2, 3]] * 2
+    assert {sample.weight for sample in batch.samples} == {1 / 4}
+    [micro] = micro_batches(batch, 1_000)
+    assert micro.targets_X.tolist() == [2, 3] * 2
+    both = BatchReader(reward=NO_HELP, train_subagents=True).read(ledger, groups(ledger, 2), 0)
+    assert [s.ids_S.tolist() for s in both.samples] == [[1, 2, 3], [9, 9, 4, 5, 6]] * 2
+    assert {sample.weight for sample in both.samples} == {1 / 10}
+
+
 def test_groups_of_one_and_equal_rewards_give_no_samples_and_are_counted(ledger) -> None:
     record(ledger, "a", [([1], [2])], 1.0)
     for name in "bcd":
@@ -277,6 +322,15 @@ def test_episodes_that_could_not_spawn_train_and_have_figures_of_their_own(ledge
     assert (batch.figures["reward"], batch.figures["reward_spread"]) == (0.5, 0.5)
     assert (batch.figures["alone_reward"], batch.figures["alone_reward_spread"]) == (0.5, 0.25)
     assert (batch.figures["episodes"], batch.figures["alone_episodes"]) == (2, 2)
+
+
+def test_toggle_asks_what_is_correct_of_the_outcome_and_not_of_the_helpers(ledger) -> None:
+    for number, outcome in enumerate((0.9, 0.5)):
+        record(ledger, f"e{number}", [([1], [2, 3])], outcome)
+    help_ = ParlReward(parallel=Schedule(start=0, steps=0), finish=Schedule(start=0.2, steps=9))
+    toggle = Toggle(period=1)
+    BatchReader(reward=help_, toggle=toggle).read(ledger, groups(ledger, 2), 0)
+    assert toggle.budgets == {}
 
 
 def test_toggle_takes_the_reward_of_long_answers_in_its_phase(ledger) -> None:
