@@ -1,7 +1,7 @@
 """How fast the orchestrator's policy is trained, and what the parts of an iteration cost.
 
     python benchmarks/parl_step.py --json
-    python benchmarks/parl_step.py --device cuda --questions 8 --json
+    python benchmarks/parl_step.py --device cuda --questions 8 --micro-tokens 65536 --json
 
 A batch of episodes that `nano` plays is trained by ours (prompts of a question once, nothing
 padded, logits only where something is trained, MuonClip) and by a plain loop on `transformers`'
@@ -43,6 +43,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--questions", type=int, default=2)
     parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument(
+        "--micro-tokens", type=int, default=16_384, help="of one pass, for both: a GPU likes more"
+    )
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="one question, one repetition")
     parser.add_argument("--json", action="store_true", dest="as_json")
@@ -63,6 +66,7 @@ async def measure(options: argparse.Namespace, run: Path) -> tuple[dict[str, Any
         questions=options.questions,
         samples=options.samples,
         updates=1,
+        micro_tokens=options.micro_tokens,
         device=options.device,
         dtype="bfloat16" if is_cuda else "float32",
     )
@@ -75,7 +79,7 @@ async def measure(options: argparse.Namespace, run: Path) -> tuple[dict[str, Any
             started_s = time.perf_counter()
             await parl.publish()
             publish_ms.append((time.perf_counter() - started_s) * 1e3)
-        peer = Peer(options.device)
+        peer = Peer(options.device, options.micro_tokens)
         ours_s, theirs_s = [], []
         for number in range(options.repeat + 1):
             ours = timed(options.device, lambda: parl.learner.update(batch))
@@ -141,7 +145,7 @@ def timed(device: str, do: Any) -> float:
 class Peer:
     """A plain loop on transformers' model."""
 
-    def __init__(self, device: str, micro_tokens: int = 16_384) -> None:
+    def __init__(self, device: str, micro_tokens: int) -> None:
         transformers.utils.logging.disable_progress_bar()
         self.model = Kimi_K25ForConditionalGeneration.from_pretrained(
             nano_directory(), dtype=torch.float32

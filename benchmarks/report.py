@@ -29,15 +29,7 @@ def report(
     as_json: bool,
 ) -> None:
     """Print the object: one line of JSON, or a plain table."""
-    content = {
-        "name": name,
-        "commit": commit(),
-        "machine": machine(),
-        "versions": versions(),
-        "settings": settings,
-        "results": results,
-        "peers": peers,
-    }
+    content = described(name, settings, results, peers)
     if as_json:
         print(json.dumps(content))
         return
@@ -46,6 +38,21 @@ def report(
         print(f"\n{section}")
         for key, value in _rows(content[section]):
             print(f"  {key:<40} {value}")
+
+
+def described(
+    name: str, settings: dict[str, Any], results: dict[str, Any], peers: dict[str, Any]
+) -> dict[str, Any]:
+    """The object."""
+    return {
+        "name": name,
+        "commit": commit(),
+        "machine": machine(),
+        "versions": versions(),
+        "settings": settings,
+        "results": results,
+        "peers": peers,
+    }
 
 
 def commit() -> str:

@@ -35,7 +35,7 @@ from PIL import Image as Pillow
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "gpu")]
 
-from report import report  # noqa: E402 - benchmarks/report.py
+from parts import Parts  # noqa: E402 - benchmarks/gpu/parts.py
 from server import Server, middle, write_checkpoint, write_nano  # noqa: E402
 
 from swarm_sdk.config import nano_directory  # noqa: E402
@@ -63,30 +63,36 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--server-flags", default="", help="as --enable-deterministic-inference")
-    parser.add_argument("--out", type=Path, help="keeps the servers' logs")
+    parser.add_argument("--seconds", type=float, default=600.0, help="of the whole run")
+    parser.add_argument("--out", type=Path, help="agreement.json, kept up, and the servers' logs")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--mini", action="store_true", help="nano only, a few calls")
     options = parser.parse_args()
     if options.mini:
         options.models, options.calls, options.max_tokens = "nano", 4, 12
-    results: dict[str, Any] = {}
+    parts = Parts(
+        "agreement", vars(options), options.out, seconds=options.seconds, summary=of_the_first
+    )
     with tempfile.TemporaryDirectory() as scratch:
         logs = options.out or Path(scratch)
         logs.mkdir(parents=True, exist_ok=True)
         for name in options.models.split(","):
-            try:
-                results[name] = measure(name, Path(scratch) / name, logs, options)
-            except Exception as error:  # noqa: BLE001 - the boundary: the other model still counts
-                results[name] = {"error": f"{type(error).__name__}: {error}"[-2_000:]}
+            if parts.has_time(name, 45):
+                with parts.part(name):
+                    measure(parts, name, Path(scratch) / name, logs, options)
+    parts.finish(as_json=options.json)
+
+
+def of_the_first(results: dict[str, Any]) -> dict[str, Any]:
+    """Of the random model where it ran."""
     best = results.get("random", results.get("nano", {})).get("float32", {})
-    results["mean_abs_dlogprob_plain"] = best.get("plain")
-    results["mean_abs_dlogprob_replayed"] = best.get("replayed")
-    settings = {key: value for key, value in vars(options).items() if key not in ("out", "json")}
-    report("agreement", settings, results, {}, as_json=options.json)
+    return {f"mean_abs_dlogprob_{key}": best.get(key) for key in ("plain", "replayed")}
 
 
-def measure(name: str, folder: Path, logs: Path, options: argparse.Namespace) -> dict[str, Any]:
+def measure(parts: Parts, name: str, folder: Path, logs: Path, options: argparse.Namespace) -> None:
     """One model: sampled by SGLang, scored by ours."""
+    figures: dict[str, Any] = {}
+    parts.results[name] = figures
     if name == "nano":
         write_nano(folder)
     else:
@@ -95,16 +101,30 @@ def measure(name: str, folder: Path, logs: Path, options: argparse.Namespace) ->
     if options.device == "cuda":
         flags += ["--mem-fraction-static", "0.5", "--context-length", "8192"]
         flags += ["--cuda-graph-bs", "1", "8", "32"]
-    log = logs / f"agreement-{name}.log"
-    with Server(folder, log, device=options.device, flags=flags) as server:
-        sampled, figures = anyio.run(sample, server.url, folder, options)
-        seen = anyio.run(look, server.url, folder, options)
+    server = Server(
+        folder,
+        logs / f"agreement-{name}.log",
+        device=options.device,
+        flags=flags,
+        ready_within_s=min(300.0, parts.left_s),
+    )
+    sampled: list[tuple[tuple[int, ...], Generation]] = []
+    seen: list[tuple[tuple[int, ...], Generation, MediaItem]] = []
+    with server:
+        with parts.part(f"{name}: sampling"):
+            sampled, rates = anyio.run(sample, server.url, folder, options)
+            figures |= rates
+        with parts.part(f"{name}: sampling after pictures"):
+            seen = anyio.run(look, server.url, folder, options)
     source = nano_directory() if name == "nano" else folder
     for precision, dtype in PRECISIONS.items():
-        model = checkpoint.load(source, dtype=dtype, device=options.device)
-        figures[precision] = compare(model, sampled) | compare_pictures(model, seen)
-        del model
-    return figures
+        with parts.part(f"{name}: {precision}"):
+            model = checkpoint.load(source, dtype=dtype, device=options.device)
+            figures[precision] = compare(model, sampled) if sampled else {}
+            parts.say(str(figures[precision]))
+            if seen:
+                figures[precision] |= compare_pictures(model, seen)
+            del model
 
 
 async def sample(

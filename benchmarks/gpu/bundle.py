@@ -7,8 +7,8 @@
 
 The machine: Linux x86-64, Python 3.12, torch 2.11 (CUDA 13), transformers 5.17, nvcc. Needs pip, xz
 and libnuma.so.1 here. The stand-ins are modules that SGLang imports and, started as server.py does,
-never calls: IPython, soundfile and three of flashinfer. One more module, run at interpreter start,
-lets SGLang register a model name that the newer transformers has already.
+never calls: IPython, datasets, soundfile and three of flashinfer. One more module, run at
+interpreter start, lets SGLang register a model name that the newer transformers has already.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ STAND_INS = {
     "IPython/display.py": (
         "class HTML:\n    pass\n\n\nclass Image:\n    pass\n\n\ndef display(*_, **__):\n    pass\n"
     ),
+    "datasets.py": "load_dataset = None\n",
     "soundfile.py": "class SoundFile:\n    pass\n",
     "flashinfer/__init__.py": "",
     "flashinfer/sampling.py": (

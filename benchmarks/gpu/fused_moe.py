@@ -154,14 +154,14 @@ def tune(bench: Bench, folder: Path, *, is_int4: bool) -> None:
     weights = Weights(bench, is_int4=is_int4)
     found: dict[str, dict[str, int]] = {}
     inputs: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-    for num_tokens in TOKENS:
+    for num_tokens in REPORTED if bench.is_quick else TOKENS:
         scores = torch.rand(num_tokens, EXPERTS, device="cuda", generator=bench.generator)
         shares, ids = scores.topk(CHOSEN, dim=-1)
         shares = shares / shares.sum(-1, keepdim=True)
         x = bench.normal(num_tokens, HIDDEN)
         inputs[num_tokens] = (x, shares, ids.to(torch.int32))
         timed: dict[Candidate, float] = {}
-        for candidate in candidates(num_tokens):
+        for candidate in candidates(num_tokens)[-1:] if bench.is_quick else candidates(num_tokens):
             with bench.kernel(f"fused moe {label} {num_tokens} {candidate}"):
                 timed[candidate] = graph_ms(
                     bench, weights.run, inputs[num_tokens], as_config(candidate)

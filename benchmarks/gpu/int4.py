@@ -1,6 +1,6 @@
-"""INT4 experts through SGLang's Marlin kernels, beside our dequantised reference, on one GPU.
+"""INT4 experts through SGLang's kernels, beside our dequantised reference, on one GPU.
 
-    python benchmarks/gpu/int4.py [--json] [--quick] [--python PYTHON] [--flags "…"]
+    bash benchmarks/gpu/machine.sh int4 --json [--out OUT] [--quick] [--flags "…"]
 
     a random model of K2.5's attention (512 + 64) ─> INT4 checkpoint ─ convert ─> bf16 checkpoint
        our network, float32 on the dequantised weights = the reference
@@ -11,6 +11,8 @@ between SGLang on INT4 and the reference; the same key of ``sglang_bf16`` and of
 what bf16 alone does (a token that goes to another expert counts in all of them). The decoding keys
 are tokens a second of 64 requests at once, INT4 and bf16.
 
+SGLang runs its Triton kernel for 4 bits: it is there at once. Its default, Marlin, is compiled for
+minutes at the first call (``--more-flags "--moe-runner-backend auto"`` takes it).
 Needs a CUDA GPU, SGLang and its ``compressed_tensors`` package.
 """
 
@@ -34,16 +36,16 @@ import anyio.to_thread
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "gpu")]
 
-from report import report  # noqa: E402
+from parts import Parts  # noqa: E402 - benchmarks/gpu/parts.py
 
 from swarm_sdk.model_backend.chat.tokenizer import Tokenizer  # noqa: E402
 from swarm_sdk.model_backend.model.config import KimiConfig, k25, nano  # noqa: E402
 from swarm_sdk.model_backend.model.kimi import KimiModel  # noqa: E402
 from swarm_sdk.model_backend.model.mla import FullAttention  # noqa: E402
 from swarm_sdk.model_backend.serving.plan import Ask, plan  # noqa: E402
-from swarm_sdk.model_backend.serving.supervisor import Supervisor, Told  # noqa: E402
+from swarm_sdk.model_backend.serving.supervisor import Patience, Supervisor, Told  # noqa: E402
 from swarm_sdk.model_backend.weights.checkpoint import load  # noqa: E402
 from swarm_sdk.model_backend.weights.convert import convert  # noqa: E402
 from swarm_sdk.model_backend.weights.servable import save_checkpoint  # noqa: E402
@@ -51,7 +53,8 @@ from swarm_sdk.model_backend.weights.servable import save_checkpoint  # noqa: E4
 NANO = ROOT / "model_backend" / "nano"
 FLAGS = (
     "--attention-backend triton --sampling-backend pytorch --grammar-backend none "
-    "--mm-attention-backend triton_attn --mem-fraction-static 0.5 --context-length 4096"
+    "--mm-attention-backend triton_attn --moe-runner-backend triton --mem-fraction-static 0.5 "
+    "--context-length 4096 --max-total-tokens 131072 --cuda-graph-bs 1 8 64"
 )
 
 
@@ -137,7 +140,7 @@ def ask_server(url: str, prompts: list[list[int]], num_new: int) -> tuple[list[l
     return scored, max(rates)
 
 
-def with_server(ask: Ask, logs: Path, work: Callable[[str], Any]) -> Any:
+def with_server(ask: Ask, logs: Path, work: Callable[[str], Any], *, within_s: float) -> Any:
     """Serve a checkpoint, do ``work`` with its URL, stop."""
 
     def on_told(told: Told) -> None:
@@ -147,8 +150,10 @@ def with_server(ask: Ask, logs: Path, work: Callable[[str], Any]) -> Any:
         planned = plan(ask)
         ready = anyio.Event()
         async with anyio.create_task_group() as group:
-            group.start_soon(Supervisor(planned, logs, on_told).run, ready.set)
-            await ready.wait()
+            patience = Patience(max_restarts=0)  # a wrong flag is wrong again
+            group.start_soon(Supervisor(planned, logs, on_told, patience).run, ready.set)
+            with anyio.fail_after(max(1.0, within_s)):
+                await ready.wait()
             done = await anyio.to_thread.run_sync(work, planned.url)
             group.cancel_scope.cancel()
         return done
@@ -172,52 +177,71 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="64 experts, 3 layers")
     parser.add_argument("--python", default=sys.executable, help="the Python that has SGLang")
     parser.add_argument("--flags", default=FLAGS, help="further flags of SGLang")
+    parser.add_argument("--more-flags", default="", help="after those")
     parser.add_argument("--port", type=int, default=31000)
+    parser.add_argument("--seconds", type=float, default=600.0, help="of the whole run")
+    parser.add_argument("--out", type=Path, help="int4.json, kept up, and the servers' logs")
     options = parser.parse_args()
     shape = config(is_quick=options.quick)
+    settings = vars(options) | {"config": dataclasses.asdict(shape.text_config)}
+    parts = Parts("int4", settings, options.out, seconds=options.seconds)
+    with tempfile.TemporaryDirectory() as folder:
+        measure(parts, shape, Path(folder), options)
+    parts.finish(as_json=options.json)
+
+
+def measure(parts: Parts, shape: KimiConfig, work: Path, options: argparse.Namespace) -> None:
+    """Write, convert, score by all, compare."""
     generator = torch.Generator().manual_seed(2)
     prompts = torch.randint(0, 3000, (8, 256), generator=generator).tolist()
     num_new = 32 if options.quick else 128
-    with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
+    found = parts.results
+    with parts.part("write INT4"):
         save_checkpoint(random_model(shape), Tokenizer.from_dir(NANO), work / "int4", is_int4=True)
+    with parts.part("convert to bf16"):
         started_s = time.perf_counter()
         converted = convert(work / "int4", work / "bf16", "bf16")
-        convert_s = time.perf_counter() - started_s
-        torch.cuda.empty_cache()
+        found["convert_s"] = time.perf_counter() - started_s
+        found["convert_gb"] = converted.num_bytes / 1e9
+    torch.cuda.empty_cache()
+    with parts.part("reference"):
         reference = our_logprobs(load(work / "int4", device="cuda"), prompts)
+        found["logprob_spread"] = statistics.pstdev([one for row in reference for one in row])
+    scored: dict[str, list[list[float]]] = {}
+
+    def keep(name: str, logprobs: list[list[float]]) -> None:
+        scored[name] = logprobs
+        mean, most = differences(logprobs, reference)
+        found[f"mean_abs_dlogprob_{name}"], found[f"max_abs_dlogprob_{name}"] = mean, most
+        parts.say(f"{name}: mean difference {mean:.4f}, largest {most:.4f}")
+
+    with parts.part("ours in bf16"):
         in_bf16 = load(work / "int4", dtype=torch.bfloat16, device="cuda")
-        scored = {"ours_bf16": our_logprobs(in_bf16, prompts)}
+        keep("ours_bf16", our_logprobs(in_bf16, prompts))
         del in_bf16
-        torch.cuda.empty_cache()
-        decode: dict[str, float] = {}
-        for form in ("int4", "bf16"):
+    torch.cuda.empty_cache()
+    for form in ("int4", "bf16"):
+        if not parts.has_time(f"SGLang on {form}", 45):
+            continue
+        with parts.part(f"SGLang on {form}"):
             ask = Ask(
                 folder=work / form,
                 port=options.port,
                 python=options.python,
                 context_tokens=4096,
-                extra=shlex.split(options.flags),
+                extra=shlex.split(f"{options.flags} {options.more_flags}"),
             )
-            scored[f"sglang_{form}"], decode[form] = with_server(
-                ask, work / "logs", lambda url: ask_server(url, prompts, num_new)
+            logprobs, rate = with_server(
+                ask,
+                (options.out or work) / f"logs-{form}",
+                lambda url: ask_server(url, prompts, num_new),
+                within_s=parts.left_s,
             )
-    results: dict[str, float] = {}
-    for name, logprobs in scored.items():
-        mean, most = differences(logprobs, reference)
-        results |= {f"mean_abs_dlogprob_{name}": mean, f"max_abs_dlogprob_{name}": most}
-    mean, _ = differences(scored["sglang_int4"], scored["sglang_bf16"])
-    results["mean_abs_dlogprob_sglang_int4_vs_bf16"] = mean
-    results |= {f"decode_tokens_per_s_{form}": rate for form, rate in decode.items()}
-    results |= {"convert_s": convert_s, "convert_gb": converted.num_bytes / 1e9}
-    spread = statistics.pstdev([one for row in reference for one in row])
-    settings = {
-        "config": dataclasses.asdict(shape.text_config),
-        "prompts": [len(prompts), len(prompts[0])],
-        "logprob_spread": spread,
-        "flags": options.flags,
-    }
-    report("int4", settings, results, {}, as_json=options.json)
+            keep(f"sglang_{form}", logprobs)
+            found[f"decode_tokens_per_s_{form}"] = rate
+    if {"sglang_int4", "sglang_bf16"} <= scored.keys():
+        mean, _ = differences(scored["sglang_int4"], scored["sglang_bf16"])
+        found["mean_abs_dlogprob_sglang_int4_vs_bf16"] = mean
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python benchmarks/gpu/kernels.py --out OUT                     all parts, about 2 minutes
     python benchmarks/gpu/kernels.py --out OUT --only experts      one part, repeatable
+    python benchmarks/gpu/kernels.py --out OUT --quick             few candidates: what fails?
     python benchmarks/gpu/kernels.py --out OUT --device cpu --mini the way in miniature, no figures
     bash benchmarks/gpu/machine.sh kernels --out OUT --only serving --only serving_int4
 
@@ -9,7 +10,8 @@
              └ serving ─ serving_int4: SGLang's kernel, tuned (fused_moe.py) ──> OUT/configs/
 
 Every candidate is checked against a plain reference before it is timed. One that fails is told in
-`failures` with its error, the others go on, and the exit code is 1 at the end.
+`failures` with its error, the others go on, and the exit code is 1 at the end. The file is written
+anew after each part, and no part begins after --seconds.
 
 Ceilings are measured in the same run: bf16 product 8192^3, reading and copying 2 GiB. A floor is
 max(FLOPs / product, bytes / reading); a share is floor / time, of all FLOPs over the product where
@@ -63,7 +65,10 @@ class Bench:
     def __init__(self, options: argparse.Namespace) -> None:
         self.device = options.device
         self.is_mini = options.mini
+        self.is_quick = options.quick
+        self.options = options
         self.out: Path = options.out
+        self.ends_s = time.perf_counter() + options.seconds
         self.ceilings: dict[str, float] = {}
         self.results: dict[str, Any] = {}
         self.rows: list[dict[str, Any]] = []
@@ -98,6 +103,8 @@ class Bench:
             started_s = time.perf_counter()
             run()
             return (time.perf_counter() - started_s) * 1e3
+        if self.is_quick:
+            limit_s /= 10
         flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
         run()
         torch.cuda.synchronize()
@@ -137,6 +144,23 @@ class Bench:
         self.rows.append(made)
         text = json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in made.items()})
         print(text, file=sys.stderr, flush=True)
+
+    def keep(self) -> str:
+        """Write everything so far; its text."""
+        content = {
+            "name": "kernels",
+            "commit": commit(),
+            "machine": machine(),
+            "versions": versions(),
+            "settings": {k: v for k, v in vars(self.options).items() if k != "out"},
+            "ceilings": self.ceilings,
+            "results": self.results,
+            "rows": self.rows,
+            "failures": self.failures,
+        }
+        text = json.dumps(content)
+        (self.out / "kernels.json").write_text(text + "\n", encoding="utf-8")
+        return text
 
 
 def close(found: Tensor, expected: Tensor, bound: float, what: str) -> float:
@@ -266,6 +290,8 @@ def sizes(bench: Bench) -> tuple[int, int, int, int]:
         return 4, 64, 32, 128
     memory = torch.cuda.get_device_properties(0).total_memory
     num_experts = 384 if memory > MIN_MEMORY_FOR_ALL_EXPERTS else 192
+    if bench.is_quick:
+        num_experts = 64
     return num_experts, HIDDEN, INNER, 16_384 * num_experts // 384
 
 
@@ -360,7 +386,7 @@ def measure_experts(bench: Bench) -> None:
     ways: dict[str, Any] = {}
     if bench.device == "cuda":
         ways["torch"] = Grouped(ends)
-        for s in TILE_SHAPES:
+        for s in TILE_SHAPES[:1] if bench.is_quick else TILE_SHAPES:
             name = f"triton {s.m}x{s.n}x{s.k} w{s.warps} s{s.stages}"
             ways[name] = Tiled(ends, num_rows, s)
     else:
@@ -630,8 +656,10 @@ def compare_attention(
             "efficient, packed": packed(attention.efficient_attention),
             "sdpa one by one, no cudnn": one_by_one(everything[1:]),
             "sdpa one by one": one_by_one(everything),
-            "flex": flex_attention(bench, lengths, before, scale, is_causal=is_causal),
         }
+        if not bench.is_quick:  # it compiles for half a minute
+            flex = flex_attention(bench, lengths, before, scale, is_causal=is_causal)
+            candidates["flex"] = flex
     wanted = None
     with torch.no_grad(), bench.kernel(f"attention {name} reference"):
         wanted = attention.packed_attention_reference(
@@ -727,27 +755,20 @@ def main() -> None:
     parser.add_argument("--only", action="append", choices=list(PARTS), default=[])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--mini", action="store_true", help="tiny shapes: proves the way")
+    parser.add_argument("--quick", action="store_true", help="true shapes, few candidates")
+    parser.add_argument("--seconds", type=float, default=600.0, help="no part begins after these")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     bench = Bench(options)
     measure_ceilings(bench)
     for name in options.only or [part for part in PARTS if part not in NEED_SGLANG]:
+        if time.perf_counter() > bench.ends_s:
+            bench.failures.append({"kernel": f"part {name}", "error": "left out: no time"})
+            continue
         with bench.kernel(f"part {name}"):
             PARTS[name](bench)
-    content = {
-        "name": "kernels",
-        "commit": commit(),
-        "machine": machine(),
-        "versions": versions(),
-        "settings": {"only": options.only, "mini": options.mini, "device": options.device},
-        "ceilings": bench.ceilings,
-        "results": bench.results,
-        "rows": bench.rows,
-        "failures": bench.failures,
-    }
-    text = json.dumps(content)
-    (options.out / "kernels.json").write_text(text + "\n", encoding="utf-8")
-    print(text)
+        bench.keep()
+    print(bench.keep())
     sys.exit(1 if bench.failures else 0)
 
 

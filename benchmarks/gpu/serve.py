@@ -9,7 +9,7 @@
 Keys, by model (large: 1 dense layer and 1 of 384 experts, random; nano): cached_fraction (of the
 prompt tokens of the 64), tokens_per_s, bench_tokens_per_s (SGLang's client, log-probabilities asked
 for as ours does), bench_plain_tokens_per_s (without), throughput_over_sglang_bench, ready_s; for
-nano also what benchmarks/sglang_server.py tells of an episode. A model that fails has `error`.
+nano also what benchmarks/sglang_server.py tells of an episode. What failed is told in `failures`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "gpu")]
 
 import sglang_server  # noqa: E402 - benchmarks/sglang_server.py
-from report import report  # noqa: E402 - benchmarks/report.py
+from parts import Parts  # noqa: E402 - benchmarks/gpu/parts.py
 from server import (  # noqa: E402
     CPU_ENVIRONMENT,
     RandomWeights,
@@ -53,6 +53,7 @@ from swarm_sdk.tools.search import OpenTool, SearchTool  # noqa: E402
 from swarm_sdk.types import Sampling  # noqa: E402
 
 OWN_TOKENS = 32
+MIN_REPETITION_S = 20.0
 LOWEST_ID, HIGHEST_ID = 300, 3_000
 """Ids of ordinary tokens."""
 
@@ -65,33 +66,41 @@ def main() -> None:
     parser.add_argument("--prefix-tokens", type=int, default=2_000)
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="keeps the servers' logs")
+    parser.add_argument("--seconds", type=float, default=600.0, help="of the whole run")
+    parser.add_argument("--moe-configs", type=Path, help="folder of tuned ones (fused_moe.py)")
+    parser.add_argument("--out", type=Path, help="serve.json, kept up, and the servers' logs")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--mini", action="store_true", help="nano only, a few requests")
     options = parser.parse_args()
     if options.mini:
         options.models, options.agents, options.repetitions = "nano", 4, 1
         options.prefix_tokens, options.max_tokens = 400, 8
-    results: dict[str, Any] = {}
+    if options.moe_configs:
+        os.environ["SGLANG_MOE_CONFIG_DIR"] = str(options.moe_configs.resolve())
+    parts = Parts("serve", vars(options), options.out, seconds=options.seconds, summary=worst)
     with tempfile.TemporaryDirectory() as scratch:
         logs = options.out or Path(scratch)
         logs.mkdir(parents=True, exist_ok=True)
         for name in options.models.split(","):
-            try:
-                results[name] = anyio.run(measure, name, Path(scratch), logs, options)
-            except Exception as error:  # noqa: BLE001 - the boundary: the other model still counts
-                results[name] = {"error": f"{type(error).__name__}: {error}"[-2_000:]}
+            if parts.has_time(name, 60):
+                with parts.part(name):
+                    anyio.run(measure, parts, name, Path(scratch), logs, options)
+    parts.finish(as_json=options.json)
+
+
+def worst(results: dict[str, Any]) -> dict[str, float]:
+    """The least of all models."""
+    found = {}
     for key in ("cached_fraction", "throughput_over_sglang_bench"):
         known = [one[key] for one in results.values() if key in one]
         if known:
-            results[key] = min(known)
-    settings = {key: value for key, value in vars(options).items() if key not in ("out", "json")}
-    report("serve", settings, results, {}, as_json=options.json)
+            found[key] = min(known)
+    return found
 
 
 async def measure(
-    name: str, scratch: Path, logs: Path, options: argparse.Namespace
-) -> dict[str, Any]:
+    parts: Parts, name: str, scratch: Path, logs: Path, options: argparse.Namespace
+) -> None:
     """One model on one server."""
     folder = scratch / name
     flags = ["--context-length", "8192", "--max-running-requests", "256"]
@@ -105,27 +114,42 @@ async def measure(
         flags += ["--mem-fraction-static", "0.75", "--cuda-graph-bs", "1", "8", "32", "64", "128"]
     else:
         flags = []
-    server = Server(folder, logs / f"{name}.log", device=options.device, flags=flags)
+    server = Server(
+        folder,
+        logs / f"{name}.log",
+        device=options.device,
+        flags=flags,
+        ready_within_s=min(300.0, parts.left_s),
+    )
+    figures: dict[str, Any] = {}
+    parts.results[name] = figures
     async with _entered(server):
-        figures: dict[str, Any] = {"ready_s": server.ready_s}
+        figures["ready_s"] = server.ready_s
         if name != "nano":  # dummies would send every token to the same experts
-            weights = RandomWeights(config, options.device)
-            sink = SglangWeights(server.url, config, parameters=list(weights))
-            await sink.update_weights(weights, 1)
-            await sink.aclose()
-        figures |= await shared_prefix(server.url, folder, options)
+            with parts.part(f"{name}: weights"):
+                weights = RandomWeights(config, options.device)
+                sink = SglangWeights(server.url, config, parameters=list(weights))
+                await sink.update_weights(weights, 1)
+                await sink.aclose()
+                del weights
+        with parts.part(f"{name}: shared prefix"):
+            figures |= await shared_prefix(server.url, folder, options, parts)
         if name == "nano":
-            model = checkpoint.load(nano_directory())
-            corpus = atlas_corpus()
-            tools = [SearchTool(corpus), OpenTool(corpus)]
             served = open_sglang(server.url, nano_directory())
             assert isinstance(served.engine, SglangEngine)
-            figures["episode"] = await sglang_server.episode(
-                served, tools, scratch / "runs", model, quick=True
-            )
-            figures |= await sglang_server.cancelling(server.url, served.engine)
+            with parts.part("nano: episode"):
+                model = checkpoint.load(nano_directory())
+                corpus = atlas_corpus()
+                figures["episode"] = await sglang_server.episode(
+                    served,
+                    [SearchTool(corpus), OpenTool(corpus)],
+                    scratch / "runs",
+                    model,
+                    quick=True,
+                )
+            with parts.part("nano: cancel"):
+                figures |= await sglang_server.cancelling(server.url, served.engine)
             await served.engine.aclose()
-        return figures
 
 
 class _entered:  # noqa: N801 - used as a function
@@ -141,7 +165,9 @@ class _entered:  # noqa: N801 - used as a function
         await anyio.to_thread.run_sync(self._server.__exit__, *failure)
 
 
-async def shared_prefix(url: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+async def shared_prefix(
+    url: str, folder: Path, options: argparse.Namespace, parts: Parts
+) -> dict[str, Any]:
     """Our client and SGLang's on the same load, in turns."""
     draw = random.Random(0)
 
@@ -197,6 +223,8 @@ async def shared_prefix(url: str, folder: Path, options: argparse.Namespace) -> 
 
     try:
         for repetition in range(options.repetitions + 1):  # the first compiles and fills the cache
+            if repetition > 1 and parts.left_s < MIN_REPETITION_S:
+                break
             for kind, rate in rates.items():
                 prompts = [prefix + ids(OWN_TOKENS) for _ in range(options.agents)]
                 if kind == "ours":
@@ -205,6 +233,7 @@ async def shared_prefix(url: str, folder: Path, options: argparse.Namespace) -> 
                     found = await anyio.to_thread.run_sync(
                         lambda kind=kind, prompts=prompts: theirs(prompts, logprobs=kind == "bench")
                     )
+                parts.say(f"{repetition} {kind}: {found:.0f} tokens/s")
                 if repetition:
                     rate.append(found)
     finally:

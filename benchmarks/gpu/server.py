@@ -39,6 +39,8 @@ ON_CUDA = [
     *("--attention-backend", "triton", "--sampling-backend", "pytorch"),
     *("--mm-attention-backend", "triton_attn", "--grammar-backend", "none"),
     *("--moe-runner-backend", "triton", "--enable-return-routed-experts"),
+    # More than any script here needs. What is free would be gigabytes of recorded experts to pin.
+    *("--max-total-tokens", "262144"),
 ]
 ON_CPU = [
     *("--device", "cpu", "--dtype", "float32", "--attention-backend", "torch_native"),
@@ -46,6 +48,7 @@ ON_CPU = [
     *("--cuda-graph-backend-prefill", "disabled", "--disable-overlap-schedule"),
     *("--max-total-tokens", "32768", "--enable-return-routed-experts", "--sleep-on-idle"),
 ]
+TELL_EVERY_S = 10.0
 CPU_ENVIRONMENT = {"SGLANG_PLATFORM": "swarm_cpu", "SGLANG_USE_CPU_ENGINE": "0"}
 
 
@@ -83,21 +86,23 @@ def middle() -> KimiConfig:
 class RandomWeights(Mapping[str, torch.Tensor]):
     """The state of a random bfloat16 model, drawn parameter by parameter as it is asked for.
 
-    Each matrix keeps the size of what passes through it. Only the last one drawn is kept, so that
-    a model can be published to a server that leaves no room for a second copy of it.
+    Each matrix keeps the size of what passes through it. Only the last two drawn are kept (the
+    experts of one layer are asked for in turns), so that a model can be published to a server that
+    leaves no room for a second copy of it.
     """
 
     def __init__(self, config: KimiConfig, device: str) -> None:
         with torch.device("meta"):
             self._shapes = {name: one.shape for name, one in KimiModel(config).state_dict().items()}
         self._device = device
-        self._last: tuple[str, torch.Tensor] | None = None
+        self._kept: dict[str, torch.Tensor] = {}
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        if self._last is None or self._last[0] != name:
-            self._last = None  # frees it first
-            self._last = (name, self._draw(name, self._shapes[name]))
-        return self._last[1]
+        if name not in self._kept:
+            for old in list(self._kept)[:-1]:
+                del self._kept[old]  # before the next is made
+            self._kept[name] = self._draw(name, self._shapes[name])
+        return self._kept[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)
@@ -202,16 +207,24 @@ class Server:
                 env=self._environment,
                 start_new_session=True,
             )
+        told_s = began_s
         while not self._is_ready():
-            if self._process.poll() is not None or (
-                time.perf_counter() - began_s > self._ready_within_s
-            ):
+            now_s = time.perf_counter()
+            if self._process.poll() is not None or now_s - began_s > self._ready_within_s:
                 self._end()
-                text = self._log.read_text(errors="replace")
-                raise RuntimeError(f"SGLang did not start; the end of {self._log}:\n{text[-3000:]}")
+                raise RuntimeError(f"SGLang did not start; the end of {self._log}:\n{self.said()}")
+            if now_s - told_s > TELL_EVERY_S:
+                told_s = now_s
+                last = self.said(300).rstrip().rpartition("\n")[2]
+                print(f"[{self._log.stem} {now_s - began_s:6.1f} s] {last}", file=sys.stderr)
             time.sleep(0.5)
         self.ready_s = time.perf_counter() - began_s
+        print(f"[{self._log.stem} {self.ready_s:6.1f} s] ready", file=sys.stderr, flush=True)
         return self
+
+    def said(self, num: int = 1_700) -> str:
+        """The end of its log."""
+        return self._log.read_text(errors="replace")[-num:]
 
     def __exit__(
         self,

@@ -32,7 +32,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "gpu")]
 
-from report import report  # noqa: E402 - benchmarks/report.py
+from parts import Parts  # noqa: E402 - benchmarks/gpu/parts.py
 from server import Server, middle, post, random_model, true_shapes, write_config  # noqa: E402
 
 from swarm_sdk.model_backend.model.kimi import KimiModel  # noqa: E402
@@ -52,16 +52,18 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--two-gpus", action="store_true", help="server on the second, by NCCL")
     parser.add_argument("--mem-fraction", type=float, default=0.45)
-    parser.add_argument("--out", type=Path, help="keeps the server's log")
+    parser.add_argument("--seconds", type=float, default=600.0, help="of the whole run")
+    parser.add_argument("--out", type=Path, help="weight_sync.json, kept up, and the server's log")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--mini", action="store_true", help="half a billion parameters")
     options = parser.parse_args()
-    results = anyio.run(measure, options)
-    settings = {key: value for key, value in vars(options).items() if key not in ("out", "json")}
-    report("weight_sync", settings, results, {}, as_json=options.json)
+    parts = Parts("weight_sync", vars(options), options.out, seconds=options.seconds)
+    with parts.part("weight_sync"):
+        anyio.run(measure, parts, options)
+    parts.finish(as_json=options.json)
 
 
-async def measure(options: argparse.Namespace) -> dict[str, Any]:
+async def measure(parts: Parts, options: argparse.Namespace) -> None:
     on_cuda = options.device == "cuda"
     config = middle() if options.mini else true_shapes(options.layers, options.experts)
     with tempfile.TemporaryDirectory() as scratch:
@@ -75,17 +77,26 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
             flags += ["--cuda-graph-bs", "1", "8", "--context-length", "8192"]
         if options.two_gpus:
             flags += ["--base-gpu-id", "1"]
-        server = Server(folder, logs / "weight_sync.log", device=options.device, flags=flags)
+        server = Server(
+            folder,
+            logs / "weight_sync.log",
+            device=options.device,
+            flags=flags,
+            ready_within_s=min(300.0, parts.left_s),
+        )
         with server:
-            return {"ready_s": server.ready_s} | await publish(server.url, folder, config, options)
+            parts.results["ready_s"] = server.ready_s
+            await publish(parts, server.url, folder, config, options)
 
 
 async def publish(
-    url: str, folder: Path, config: Any, options: argparse.Namespace
-) -> dict[str, Any]:
-    device = options.device
+    parts: Parts, url: str, folder: Path, config: Any, options: argparse.Namespace
+) -> None:
+    device, figures = options.device, parts.results
     model = random_model(config, device)
     weights = model.state_dict()  # the routers' biases as well: the server's are dummies
+    figures["gigabytes"] = sum(tensor.nbytes for tensor in weights.values()) / 1e9
+    figures["tensors"] = sum(1 for _ in checkpoint_tensors(config))
     sink = SglangWeights(
         url,
         config,
@@ -98,38 +109,37 @@ async def publish(
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         await sink.join("127.0.0.1", port, "nccl" if device == "cuda" else "gloo")
-    await sink.update_weights(weights, 1)
-    post(url, "/weights_checker", {"action": "snapshot"})
-    under_a = said(url)
-    times: list[float] = []
-    differs = True
-    for repetition in range(options.repetitions):
-        flip(weights)
-        await sink.update_weights(weights, 2 * repetition + 2)
-        differs &= said(url) != under_a
-        flip(weights)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        began_s = time.perf_counter()
-        await sink.update_weights(weights, 2 * repetition + 3)
-        times.append(time.perf_counter() - began_s)
-    # Its comparison needs a GPU; where it tells checksums, the sink has compared those.
-    equal = said(url) == under_a and (sink.is_verified or compares(url))
-    figures: dict[str, Any] = {
-        "gigabytes": sum(tensor.nbytes for tensor in weights.values()) / 1e9,
-        "tensors": sum(1 for _ in checkpoint_tensors(config)),
-        "publish_s": statistics.median(times),
-        "publish_all_s": times,
-        "verified": bool(equal and differs),
-        "checksums_compared": sink.is_verified,
-        "mean_abs_dlogprob": await difference(url, folder, model),
-    }
+    with parts.part("first update"):
+        await sink.update_weights(weights, 1)
+    with parts.part("updates"):
+        post(url, "/weights_checker", {"action": "snapshot"})
+        parts.say("the server has its snapshot")
+        under_a = said(url)
+        times: list[float] = []
+        differs = True
+        for repetition in range(options.repetitions):
+            flip(weights)
+            await sink.update_weights(weights, 2 * repetition + 2)
+            differs &= said(url) != under_a
+            flip(weights)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            began_s = time.perf_counter()
+            await sink.update_weights(weights, 2 * repetition + 3)
+            times.append(time.perf_counter() - began_s)
+            figures |= {"publish_s": statistics.median(times), "publish_all_s": times}
+            parts.say(f"published in {times[-1]:.3f} s")
+        # Its comparison needs a GPU; where it tells checksums, the sink has compared those.
+        equal = said(url) == under_a and (sink.is_verified or compares(url))
+        figures |= {"verified": bool(equal and differs), "checksums_compared": sink.is_verified}
+    with parts.part("log-probabilities"):
+        figures["mean_abs_dlogprob"] = await difference(url, folder, model)
     if device == "cuda" and not options.two_gpus:
-        figures |= await memory(sink, weights, sink.weight_version)
+        with parts.part("memory"):
+            figures |= await memory(sink, weights, sink.weight_version)
     if options.two_gpus:
         await sink.leave()
     await sink.aclose()
-    return figures
 
 
 def flip(weights: dict[str, torch.Tensor]) -> None:

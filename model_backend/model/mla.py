@@ -132,6 +132,9 @@ class FullAttention:
     def _watch(self, max_H: Tensor, q_THK: Tensor, k_THK: Tensor) -> None:
         """Raise ``max_H`` to the largest logits of the heads that may pass the floor."""
         scale = self.config.softmax_scale
+        longest_q_H, longest_k_H = (_lengths(x).amax(dim=0) for x in (q_THK, k_THK))
+        if not bool((longest_q_H * longest_k_H * scale > self.logit_floor).any()):
+            return
         may_pass = self._longest(q_THK) * self._longest(k_THK, with_prefix=True) * scale
         heads_of: dict[int, list[int]] = {}
         for index, head in (may_pass > self.logit_floor).nonzero().tolist():
@@ -151,8 +154,7 @@ class FullAttention:
                 torch.tensor(self.seq_lens)
             )
             self._segment_T = segments.to(x_THK.device)
-        wide = torch.promote_types(x_THK.dtype, torch.float32)
-        lengths_TH = torch.linalg.vector_norm(x_THK, dim=-1, dtype=wide).float()
+        lengths_TH = _lengths(x_THK)
         longest_NH: Tensor = lengths_TH.new_zeros(len(self.seq_lens), lengths_TH.shape[1])
         places_TH = self._segment_T[:, None].expand_as(lengths_TH)
         longest_NH = longest_NH.scatter_reduce(0, places_TH, lengths_TH, "amax")
@@ -177,6 +179,13 @@ class FullAttention:
             scale=self.config.softmax_scale,
         )
         return out_BHTK.transpose(1, 2)
+
+
+def _lengths(x_THK: Tensor) -> Tensor:
+    """Length [T, H], float32, of each vector."""
+    wide = torch.promote_types(x_THK.dtype, torch.float32)
+    lengths_TH: Tensor = torch.linalg.vector_norm(x_THK, dim=-1, dtype=wide).float()
+    return lengths_TH
 
 
 def max_causal_logits(

@@ -8,19 +8,20 @@
     QK-Clip, after the step, for each head whose largest logit S of the batch passed tau:
                 gamma = tau / S;  q_nope, k_nope *= sqrt(gamma);  q_rope *= gamma;  k_rope untouched
 
-Joined matrices are orthogonalised apart (q_a | kv_a, gate | up), stacks of experts one by one, in
-one batched iteration. The constants of the iteration are those of Moonshot's published code
-(Moonlight, examples/toy_train.py): 5 steps of (3.4445, -4.7750, 2.0315). That runs in bfloat16;
-so do we on CUDA, while a CPU, where bfloat16 saves nothing, runs float32.
+Joined matrices are orthogonalised apart (q_a | kv_a, gate | up), stacks of experts one by one;
+matrices of one shape, of all layers, in one batched iteration. The constants of the iteration are
+those of Moonshot's published code (Moonlight, examples/toy_train.py): 5 steps of (3.4445, -4.7750,
+2.0315). That runs in bfloat16; so do we on CUDA, while a CPU, where bfloat16 saves nothing, runs
+float32.
 """
 
 # Shapes: n x m = one matrix, B = matrices of a batch, E = experts, Y = layers, H = heads.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 NS_CONSTANTS = (3.4445, -4.7750, 2.0315)
 NS_STEPS = 5
 UPDATE_RMS = 0.2
+BATCH_NUMBERS = 2**26
+"""Numbers of the matrices that are held at a time to be iterated together."""
 NOT_MATRICES = ("embed_tokens.", "lm_head.")
 """Matrices by shape that AdamW updates: rows of a table, not maps."""
 
@@ -134,28 +137,27 @@ class MuonClip(torch.optim.Optimizer):
         assert closure is None, "MuonClip takes no closure"
         for group in self.param_groups:
             if group["is_muon"]:
-                for parameter, parts in zip(group["params"], group["parts"], strict=True):
-                    if parameter.grad is not None:
-                        self._muon(parameter, parts, group["lr"], group["weight_decay"])
-            else:
-                for parameter in group["params"]:
-                    if parameter.grad is not None:
-                        self._adamw(parameter, group["lr"], group["weight_decay"])
+                self._muon(group)
+                continue
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._adamw(parameter, group["lr"], group["weight_decay"])
 
-    def _muon(self, parameter: Tensor, parts: Parts, lr: float, weight_decay: float) -> None:
-        gradient, state = parameter.grad, self.state[parameter]
-        assert gradient is not None
-        momentum = state["momentum"]
-        momentum.mul_(self.config.momentum).add_(gradient)
-        update = gradient + self.config.momentum * momentum
-        parameter.mul_(1 - lr * weight_decay)
-        local, placed = _whole_matrices(update)
-        for first, num_rows in parts:
-            rows = slice(first, first + num_rows)
-            part = local[..., rows, :]
-            scale = UPDATE_RMS * max(part.shape[-2:]) ** 0.5
-            local[..., rows, :] = newton_schulz(part) * scale
-        parameter.sub_(placed(local), alpha=lr)
+    def _muon(self, group: dict[str, Any]) -> None:
+        held: list[_Update] = []
+        num_numbers = 0
+        for parameter, parts in zip(group["params"], group["parts"], strict=True):
+            if parameter.grad is None:
+                continue
+            momentum = self.state[parameter]["momentum"]
+            momentum.mul_(self.config.momentum).add_(parameter.grad)
+            update = parameter.grad + self.config.momentum * momentum
+            held.append(_Update(parameter, parts, *_whole_matrices(update)))
+            num_numbers += parameter.numel()
+            if num_numbers >= BATCH_NUMBERS:
+                _move(held, group["lr"], group["weight_decay"])
+                held, num_numbers = [], 0
+        _move(held, group["lr"], group["weight_decay"])
 
     def _adamw(self, parameter: Tensor, lr: float, weight_decay: float) -> None:
         gradient, state = parameter.grad, self.state[parameter]
@@ -170,10 +172,41 @@ class MuonClip(torch.optim.Optimizer):
         parameter.mul_(1 - lr * weight_decay).addcdiv_(mean, root, value=-lr)
 
 
-def _whole_matrices(update: Tensor) -> tuple[Tensor, Any]:
+class _Update(NamedTuple):
+    """What a parameter is moved by, once its matrices are orthogonalised in place."""
+
+    parameter: Tensor
+    parts: Parts
+    local: Tensor
+    """Whole matrices [..., n, m]."""
+    placed: Callable[[Tensor], Tensor]
+    """Lays ``local`` out as the parameter is."""
+
+    def matrices(self) -> Iterator[Tensor]:
+        """Views [B, n, m] of the matrices."""
+        for first, num_rows in self.parts:
+            part = self.local[..., first : first + num_rows, :]
+            yield part if part.ndim == 3 else part[None]
+
+
+def _move(held: Sequence[_Update], lr: float, weight_decay: float) -> None:
+    """Orthogonalise, matrices of one shape together, and step."""
+    alike: dict[torch.Size, list[Tensor]] = {}
+    for update in held:
+        for part in update.matrices():
+            alike.setdefault(part.shape[1:], []).append(part)
+    for shape, parts in alike.items():
+        whole = newton_schulz(torch.cat(parts)) * (UPDATE_RMS * max(shape) ** 0.5)
+        for part, made in zip(parts, whole.split([len(part) for part in parts]), strict=True):
+            part.copy_(made)
+    for parameter, _, local, placed in held:
+        parameter.mul_(1 - lr * weight_decay).sub_(placed(local), alpha=lr)
+
+
+def _whole_matrices(update: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """``update`` with whole matrices on this process, and how to place it as it was."""
     if not isinstance(update, DTensor):
-        return update.clone(), lambda local: local
+        return update, lambda local: local
     mesh, placements, shape = update.device_mesh, update.placements, update.shape
     if update.ndim == 3 and all(p.is_replicate() or p.is_shard(0) for p in placements):
         # Sharded by expert. Shards may be uneven, so the global shape is told.
@@ -231,7 +264,7 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> float:
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
-    square = torch.stack([g.float().square().sum() for g in local]).sum()
+    square = torch.nn.utils.get_total_norm(local).float().square()
     if any(isinstance(g, DTensor) for g in gradients):
         torch.distributed.all_reduce(square)
     norm = float(square.sqrt())
