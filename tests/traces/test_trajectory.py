@@ -311,6 +311,12 @@ def test_drift_is_none_where_the_text_gives_the_ids_and_else_told_by_cause(tmp_p
     assert counted(foreign) == {"tokenizer": 2}
 
 
+def test_a_turn_whose_picture_is_lost_is_counted_so(tmp_path: Path) -> None:
+    user = {"role": "user", "content": "", "images": [["feed", "a.png", ""]]}
+    ledger = recorded(tmp_path, sample([1], [2], observed=[user]))
+    assert count_drift(ledger, "e", FORMAT, TOKENIZER.decode) == {"lost": 1}
+
+
 def test_the_command_writes_all_episodes_and_refuses_what_it_cannot_write(tmp_path: Path) -> None:
     runs, out = tmp_path / "runs", tmp_path / "out.parquet"
     swarm_episode(runs)
