@@ -5,6 +5,7 @@
     cut         the turn ended without its end token (length)
     reread      the ids hold text that the message does not: a parser dropped or changed something
     tokenizer   observed messages give other ids than those on record: another tokenizer or format
+    lost        a picture that was observed is no longer on record: nothing can be rendered
 
 Training uses the ids on record whatever this says; it shows what training from text would lose.
 """
@@ -15,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from swarm_sdk.errors import LedgerError
 from swarm_sdk.traces.ledger import Ledger, StepRecord
 from swarm_sdk.types import Message
 
@@ -78,7 +80,10 @@ def _of_turn(
     for stored in step.body["observed"]:
         if "content" not in stored:
             stored = {**stored, **results[stored["tool_call_id"]]}  # noqa: PLW2901
-        observed += renderer.render(ledger.message(stored))
+        try:
+            observed += renderer.render(ledger.message(stored))
+        except LedgerError:
+            return "lost"
     observed += renderer.generation_prompt()
     on_record = list(step.prompt_ids)
     if on_record[max(0, len(on_record) - len(observed)) :] != observed:

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from swarm_sdk.errors import ConfigError, NotTrainable
 from swarm_sdk.traces.ledger import EpisodeRecord, Ledger
-from swarm_sdk.traces.trajectory import Branch, branches
+from swarm_sdk.traces.trajectory import Branch, branches, orchestrator_branches
 
 Format = Literal["parquet", "hf", "slime", "verl"]
 TRAJECTORY_SCHEMA = 1
@@ -63,7 +63,7 @@ def _rows(
 ) -> Iterator[dict[str, Any]]:
     for episode in episodes:
         try:
-            found = branches(ledger, episode.id)
+            found = (orchestrator_branches if only_trained else branches)(ledger, episode.id)
         except NotTrainable as error:
             told.left_out[error.reason] += 1
             told.sentences.append(str(error))
@@ -72,8 +72,6 @@ def _rows(
             told.left_out["empty"] += 1
             told.sentences.append(f"episode {episode.id} has no turn: its model never spoke")
         for number, branch in enumerate(found):
-            if only_trained and not any(branch.mask):
-                continue
             told.num_branches += 1
             told.num_tokens += len(branch.token_ids)
             told.num_trained_tokens += sum(branch.mask)

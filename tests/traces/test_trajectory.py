@@ -249,6 +249,24 @@ def test_slime_and_verl_get_what_trains_cut_at_the_first_sampled_id(tmp_path: Pa
     assert row["response_mask"] == [int(one) for one in branch.mask[start:]]
 
 
+def test_an_orchestrator_is_exported_for_training_whatever_its_sub_agents_ran_on(
+    tmp_path: Path,
+) -> None:
+    ledger = recorded(tmp_path / "runs", sample([1, 2], [3, 4]))
+    child = AgentRecord(
+        path="main/a.0", parent_path="main", parent_stage=0, name="a", model="chat", started_ns=1
+    )
+    ledger.begin_agent("e", child)
+    said = replace(sample([], []), agent_path="main/a.0")
+    ledger.append("e", **{k: v for k, v in asdict(said).items() if k != "id"})
+    told = export(ledger, ledger.episodes(), "verl", tmp_path / "verl.parquet")
+    assert (told.num_branches, dict(told.left_out)) == (1, {})
+    assert read(tmp_path / "verl.parquet")[0]["responses"] == [3, 4]
+    told = export(ledger, ledger.episodes(), "parquet", tmp_path / "all.parquet")
+    assert dict(told.left_out) == {"no_token_ids": 1}
+    assert "no token ids of main/a.0" in told.sentences[0]
+
+
 def test_drift_is_none_where_the_text_gives_the_ids_and_else_told_by_cause(tmp_path: Path) -> None:
     episode_id = swarm_episode(tmp_path)
     ledger = Ledger(tmp_path)
@@ -291,6 +309,12 @@ def test_drift_is_none_where_the_text_gives_the_ids_and_else_told_by_cause(tmp_p
     assert counted(other) == {"reread": 2}
     foreign = only_turns(lambda s: replace(s, prompt_ids=[i + 1 for i in s.prompt_ids]))
     assert counted(foreign) == {"tokenizer": 2}
+
+
+def test_a_turn_whose_picture_is_lost_is_counted_so(tmp_path: Path) -> None:
+    user = {"role": "user", "content": "", "images": [["feed", "a.png", ""]]}
+    ledger = recorded(tmp_path, sample([1], [2], observed=[user]))
+    assert count_drift(ledger, "e", FORMAT, TOKENIZER.decode) == {"lost": 1}
 
 
 def test_the_command_writes_all_episodes_and_refuses_what_it_cannot_write(tmp_path: Path) -> None:

@@ -182,7 +182,8 @@ class BatchReader:
         lengths = [one.num_trained for one in read]
         if self.toggle is not None:
             question = str(read[0].record.settings.get("launch", {}).get("task", ""))
-            rewards = self.toggle.rewards(question, iteration, rewards, lengths)
+            outcomes = [one.terms.perf for one in read]
+            rewards = self.toggle.rewards(question, iteration, rewards, lengths, outcomes)
         if pstdev(rewards) < EQUAL:
             batch.leave_out(
                 "equal_rewards",

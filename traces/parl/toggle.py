@@ -4,6 +4,8 @@
     0   reward counts if  mean_k r(x, y_k) < threshold  or  |y| <= budget(x)
     1   reward counts as it is, up to the tokens that sampling allows
 
+r is the outcome: the helpers of PARL's reward neither make a response correct nor a question easy.
+
 budget(x) is a percentile of the lengths of the correct responses among the K of question x,
 estimated once, at its first appearance, and fixed from then on. A question without a correct
 response has no budget (the report is silent on it). m, threshold and percentile are ours.
@@ -31,7 +33,7 @@ class Toggle:
     percentile: float = 75.0
     """Of the correct responses' lengths (rho), 0 to 100."""
     min_correct: float = 1.0
-    """Reward from which a response is correct."""
+    """Outcome from which a response is correct."""
     budgets: dict[str, int] = field(default_factory=dict)
     """Question -> tokens."""
 
@@ -47,15 +49,24 @@ class Toggle:
         return iteration // self.period % 2 == 0
 
     def rewards(
-        self, question: str, iteration: int, rewards: Sequence[float], lengths: Sequence[int]
+        self,
+        question: str,
+        iteration: int,
+        rewards: Sequence[float],
+        lengths: Sequence[int],
+        outcomes: Sequence[float] | None = None,
     ) -> list[float]:
-        """The rewards of a question's K responses as the phase counts them."""
+        """The rewards of a question's K responses as the phase counts them.
+
+        ``outcomes`` says what they got for their answers alone, where ``rewards`` hold more.
+        """
+        outcomes = rewards if outcomes is None else outcomes
         if question not in self.budgets:
-            right = [n for r, n in zip(rewards, lengths, strict=True) if r >= self.min_correct]
+            right = [n for r, n in zip(outcomes, lengths, strict=True) if r >= self.min_correct]
             if right:
                 self.budgets[question] = int(np.percentile(right, self.percentile))
         budget = self.budgets.get(question)
-        is_hard = float(np.mean(rewards)) < self.threshold
+        is_hard = float(np.mean(outcomes)) < self.threshold
         if not self.is_limited(iteration) or budget is None or is_hard:
             return list(rewards)
         return [r if n <= budget else 0.0 for r, n in zip(rewards, lengths, strict=True)]

@@ -1,14 +1,18 @@
 """From episodes on record to an update: batches, packing, shared prompts, gradients."""
 
+import io
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 
 from swarm_sdk.model_backend.model.config import tiny
 from swarm_sdk.model_backend.model.kimi import KimiModel
+from swarm_sdk.model_backend.model.media import MediaBatch, decode_image, preprocess_image
 from swarm_sdk.model_backend.model.mla import FullAttention
 from swarm_sdk.traces.ledger import AgentRecord, EpisodeRecord, Ledger
 from swarm_sdk.traces.parl.batch import Batch, BatchReader, Sample, micro_batches
@@ -17,6 +21,7 @@ from swarm_sdk.traces.parl.loss import LossConfig
 from swarm_sdk.traces.parl.muonclip import MuonClipConfig
 from swarm_sdk.traces.parl.rewards.parl import ParlReward, Schedule
 from swarm_sdk.traces.parl.toggle import Toggle
+from swarm_sdk.types import Image
 
 NO_HELP = ParlReward(parallel=Schedule(start=0, steps=0), finish=Schedule(start=0, steps=0))
 PROMPT = list(range(10, 30))
@@ -80,11 +85,21 @@ def batch_of(ledger: Ledger) -> Batch:
     return BatchReader(reward=NO_HELP).read(ledger, groups(ledger, 4, 4, 4), 0)
 
 
+def picture(seed: int) -> Image:
+    """28 pixels square: one token."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (28, 28, 3), dtype=np.uint8)
+    drawn = io.BytesIO()
+    PIL.Image.fromarray(pixels).save(drawn, "PNG")
+    return Image(drawn.getvalue())
+
+
 def plain_logprobs(model: KimiModel, sample: Sample) -> torch.Tensor:
     """One sequence by itself."""
     ids = torch.from_numpy(sample.ids_S.astype(np.int64))
     attention = FullAttention(model.config.text_config, [len(ids)])
-    hidden = model(ids, torch.arange(len(ids)), attention)
+    seen = [preprocess_image(decode_image(image.data)) for image in sample.images]
+    media = MediaBatch.of(seen) if seen else None
+    hidden = model(ids, torch.arange(len(ids)), attention, media)
     logprobs = (model.logits(hidden) / sample.temperature).log_softmax(-1)
     places = torch.from_numpy(np.flatnonzero(sample.mask_S))
     return logprobs[places - 1, ids[places]]
@@ -118,6 +133,27 @@ def test_packed_logprobs_with_shared_prompts_are_those_of_each_sequence_alone(
         assert len(packed[0].ids_T) == batch.num_tokens - 3 * 3 * 27  # each prompt stands once
 
 
+def test_samples_of_other_temperatures_and_with_pictures_are_packed_right(ledger) -> None:
+    batch, model = batch_of(ledger), model_of(0)
+    seen = model.config.media_placeholder_token_id
+    for index, group in enumerate(batch.groups):
+        for number, sample in enumerate(group):
+            if index == 1:  # each response was drawn after another picture, at the same ids
+                ids = sample.ids_S.copy()
+                ids[3] = seen
+                group[number] = replace(sample, ids_S=ids, images=(picture(number),))
+            if index == 2:
+                group[number] = replace(sample, temperature=0.5)
+    found = [Learner(model, LearnerConfig()).logprobs(m) for m in micro_batches(batch, 10_000)]
+    assert len(found) == 2  # one pass for each temperature
+    expected = torch.cat([plain_logprobs(model, sample) for sample in batch.samples])
+    torch.testing.assert_close(torch.cat(found), expected, atol=5e-6, rtol=1e-5)
+    blind = [replace(sample, images=()) for sample in batch.groups[1]]
+    shown = torch.cat([plain_logprobs(model, sample) for sample in batch.groups[1]])
+    unseen = torch.cat([plain_logprobs(model, sample) for sample in blind])
+    assert not torch.allclose(shown, unseen, atol=1e-3)
+
+
 def test_the_gradient_is_that_of_equation_1_written_out_over_plain_sequences(ledger) -> None:
     batch = batch_of(ledger)
     config = LearnerConfig(loss=LossConfig(tau=0.1, alpha=0.2, beta=5.0), micro_tokens=80)
@@ -148,6 +184,32 @@ def test_an_update_changes_the_text_weights_and_leaves_the_eyes(ledger) -> None:
     for name, parameter in learner.model.named_parameters():
         is_eye = name.startswith(("vision_tower", "mm_projector"))
         assert torch.equal(parameter, before[name]) == is_eye, name
+
+
+def test_the_rate_rises_over_the_first_updates_and_long_gradients_are_cut(ledger) -> None:
+    config = LearnerConfig(optimizer=MuonClipConfig(lr=1e-3), warmup_updates=4, max_grad_norm=1e-3)
+    batch, learner, rates = batch_of(ledger), Learner(model_of(0), config), []
+    for _ in range(5):
+        figures = learner.update(batch)
+        rates.append(learner.optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3])
+    assert figures["grad_norm"] > 1e-3
+    gradients = [p.grad for p in learner.model.parameters() if p.grad is not None]
+    norm = torch.stack([gradient.square().sum() for gradient in gradients]).sum().sqrt()
+    assert float(norm) == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_an_update_clips_the_heads_whose_logits_its_own_forward_saw(ledger) -> None:
+    batch = batch_of(ledger)
+    optimizer = MuonClipConfig(lr=0.0, weight_decay=0.0, tau=0.05)  # the step itself does nothing
+    learner = Learner(model_of(0), LearnerConfig(optimizer=optimizer))
+    before = {n: p.detach().clone() for n, p in learner.model.named_parameters()}
+    _, logits_YH = learner.accumulate(batch)
+    figures = learner.update(batch)
+    assert figures["clipped_heads"] == int((logits_YH > 0.05).sum()) > 0
+    changed = {n for n, p in learner.model.named_parameters() if not torch.equal(p, before[n])}
+    assert {name.split(".")[-2] for name in changed} == {"q_b_proj", "kv_b_proj"}
+    assert float(learner.accumulate(batch)[1][0].max()) <= 0.05 * 1.001
 
 
 def test_tokens_of_the_trainers_own_version_are_compared_with_the_record(ledger) -> None:
@@ -247,6 +309,38 @@ def test_what_cannot_train_is_told_and_counted(ledger, change, reason, sentence)
     assert batch.figures["episodes"] == 2
 
 
+def add_subagent(ledger: Ledger, episode_id: str, ids: list[int]) -> None:
+    """A sub-agent of an episode that said ``ids``."""
+    child = AgentRecord(
+        path="main/a.0", parent_path="main", parent_stage=0, name="a", model="f", started_ns=1
+    )
+    ledger.begin_agent(episode_id, child)
+    ledger.append(
+        episode_id,
+        agent_path="main/a.0",
+        stage=0,
+        kind="sample",
+        body={"observed": [], "message": {}},
+        prompt_ids=[9, 9],
+        token_ids=ids,
+        logprobs=[-1.0] * len(ids),
+    )
+
+
+def test_what_sub_agents_sampled_trains_only_in_the_ablation_that_says_so(ledger) -> None:
+    for number in range(2):
+        record(ledger, f"e{number}", [([1], [2, 3])], float(number))
+        add_subagent(ledger, f"e{number}", [4, 5, 6])
+    batch = BatchReader(reward=NO_HELP).read(ledger, groups(ledger, 2), 0)
+    assert [sample.ids_S.tolist() for sample in batch.samples] == [[1, 2, 3]] * 2
+    assert {sample.weight for sample in batch.samples} == {1 / 4}
+    [micro] = micro_batches(batch, 1_000)
+    assert micro.targets_X.tolist() == [2, 3] * 2
+    both = BatchReader(reward=NO_HELP, train_subagents=True).read(ledger, groups(ledger, 2), 0)
+    assert [s.ids_S.tolist() for s in both.samples] == [[1, 2, 3], [9, 9, 4, 5, 6]] * 2
+    assert {sample.weight for sample in both.samples} == {1 / 10}
+
+
 def test_groups_of_one_and_equal_rewards_give_no_samples_and_are_counted(ledger) -> None:
     record(ledger, "a", [([1], [2])], 1.0)
     for name in "bcd":
@@ -277,6 +371,15 @@ def test_episodes_that_could_not_spawn_train_and_have_figures_of_their_own(ledge
     assert (batch.figures["reward"], batch.figures["reward_spread"]) == (0.5, 0.5)
     assert (batch.figures["alone_reward"], batch.figures["alone_reward_spread"]) == (0.5, 0.25)
     assert (batch.figures["episodes"], batch.figures["alone_episodes"]) == (2, 2)
+
+
+def test_toggle_asks_what_is_correct_of_the_outcome_and_not_of_the_helpers(ledger) -> None:
+    for number, outcome in enumerate((0.9, 0.5)):
+        record(ledger, f"e{number}", [([1], [2, 3])], outcome)
+    help_ = ParlReward(parallel=Schedule(start=0, steps=0), finish=Schedule(start=0.2, steps=9))
+    toggle = Toggle(period=1)
+    BatchReader(reward=help_, toggle=toggle).read(ledger, groups(ledger, 2), 0)
+    assert toggle.budgets == {}
 
 
 def test_toggle_takes_the_reward_of_long_answers_in_its_phase(ledger) -> None:

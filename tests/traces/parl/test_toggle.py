@@ -33,6 +33,15 @@ def test_a_question_without_a_correct_answer_has_no_budget() -> None:
     assert toggle.budgets == {}
 
 
+def test_what_helpers_add_makes_no_response_correct_and_no_question_easy() -> None:
+    toggle = Toggle(threshold=0.8, percentile=50)
+    with_help = [1.3, 1.1, 1.0, 1.4]
+    assert toggle.rewards("q", 0, with_help, [10, 99, 5, 20], [0.8, 0.9, 0.5, 0.9]) == with_help
+    assert toggle.budgets == {}
+    assert toggle.rewards("q", 1, [1.4, 1.2], [10, 20], [1.0, 0.9]) == [1.4, 0.0]
+    assert toggle.budgets == {"q": 10}
+
+
 def test_its_state_goes_through_a_checkpoint() -> None:
     toggle, other = Toggle(), Toggle()
     toggle.rewards("q", 0, [1.0], [12])

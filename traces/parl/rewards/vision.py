@@ -32,13 +32,14 @@ def grounding(asked: Sequence[Box], given: Sequence[Box], *, min_iou: float = 0.
 
 
 def pointing(asked: Sequence[Point], given: Sequence[Point], *, sigma: float) -> float:
-    """F1 of points; a match at the distance ``sigma`` counts exp(-1/2)."""
+    """F1 of points; a match at the distance ``sigma`` counts exp(-1/2), one with NaN nothing."""
     if sigma <= 0:
         raise ConfigError(f"sigma must be positive, got {sigma}")
     given_G2 = np.asarray(given, dtype=np.float64).reshape(-1, 1, 2)
     asked_A2 = np.asarray(asked, dtype=np.float64).reshape(1, -1, 2)
     square_GA = ((given_G2 - asked_A2) ** 2).sum(-1)
-    return soft_f1(_best_sum(np.exp(-square_GA / (2 * sigma**2))), len(given), len(asked))
+    match_GA = np.nan_to_num(np.exp(-square_GA / (2 * sigma**2)))
+    return soft_f1(_best_sum(match_GA), len(given), len(asked))
 
 
 def polygon_iou(asked: Sequence[Point], given: Sequence[Point], height: int, width: int) -> float:

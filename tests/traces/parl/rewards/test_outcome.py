@@ -99,13 +99,25 @@ def test_grounding_is_bounded_symmetric_and_blind_to_order(one, other, random) -
     assert grounding(one, one) == pytest.approx(1.0)
 
 
-@given(points, points)
-def test_pointing_is_bounded_and_symmetric(one, other) -> None:
+@given(points, points, st.randoms(use_true_random=False))
+def test_pointing_is_bounded_symmetric_and_blind_to_order(one, other, random) -> None:
+    shuffled = list(one)
+    random.shuffle(shuffled)
+    assert pointing(shuffled, other, sigma=2.0) == pytest.approx(pointing(one, other, sigma=2.0))
     assert 0 <= pointing(one, other, sigma=2.0) <= 1 + 1e-12
     assert pointing(one, other, sigma=2.0) == pytest.approx(pointing(other, one, sigma=2.0))
     assert pointing(one, one, sigma=2.0) == pytest.approx(1.0)
     with pytest.raises(ConfigError, match="sigma"):
         pointing(one, other, sigma=0)
+
+
+def test_coordinates_that_are_no_numbers_match_nothing() -> None:
+    nan, inf = float("nan"), float("inf")
+    assert pointing([(1.0, 1.0)], [(nan, 1.0), (1.0, 1.0)], sigma=1.0) == pytest.approx(2 / 3)
+    assert pointing([(1.0, 1.0)], [(inf, -inf)], sigma=1.0) == 0.0
+    assert grounding([(0, 0, 1, 1)], [(nan, 0, 1, 1), (0, 0, inf, inf)]) == 0.0
+    square = [(0.0, 0.0), (4.0, 0.0), (4.0, 4.0), (0.0, 4.0)]
+    assert polygon_iou(square, [(nan, nan), (nan, 1.0), (2.0, nan)], 6, 6) == 0.0
 
 
 def test_polygons_by_hand() -> None:
