@@ -13,13 +13,14 @@ machine, the ratios of steps do not depend on it.
     f1_swarm, f1_single       item-F1, also by N
     f1_within_swarm, …        the same where what needed more than `--within` critical steps counts
                               0: an episode under a lower limit is the beginning of this one
-    critical_steps_ratio      single over swarm at the same item-F1: sums over the questions that
-                              both answered with the same item-F1 above 0; also by N. wall_ratio
-                              has the seconds of the same questions.
-    critical_steps_ratio_at_T the same as the report draws it (figure 8): the fewest critical steps
-                              within which a half reaches the mean item-F1 T % (30 … 70), where what
-                              needs more steps counts 0; single over swarm. Left out where a half
-                              never reaches T.
+    critical_steps_ratio      single over swarm at the same item-F1, as the report draws it (figure
+                              8): the fewest critical steps within which a half reaches the mean
+                              item-F1 T, where what needs more steps counts 0. The mean over the
+                              T from 0.3 to 0.7 (_at_30 … _at_70) that both halves reach.
+    wall_ratio, wall_ratio_at_T  the same with seconds in the place of steps.
+    …_ratio_same_question     sums over the questions that both answered with the same item-F1 above
+                              0 (num_same_question); also by N. An agent alone seldom gets a large
+                              table as right as the swarm does, so these are the small ones mostly.
     gain_after_parl_*         what training changed, from the experiment's result files
                               (benchmarks/results/parl-none-*.json, one a seed, each measured before
                               and after): mean over the seeds and the bounds of its 95 % confidence
@@ -191,37 +192,41 @@ def figures(kind: str, marks: Sequence[Mark], within: int) -> dict[str, float]:
 
 
 def ratios(swarm: Sequence[Mark], single: Sequence[Mark]) -> dict[str, float]:
-    """Single over swarm at the same item-F1, by questions and by targets."""
+    """Single over swarm at the same item-F1, by targets and by questions."""
     pairs = [
         (one, other)
         for one, other in zip(swarm, single, strict=True)
         if abs(one.score - other.score) < 1e-9 < one.score
     ]
-    found: dict[str, float] = {"pairs_of_same_f1": len(pairs)}
+    found: dict[str, float] = {"num_same_question": len(pairs)}
     measures: dict[str, Callable[[Mark], float]] = {
-        "critical_steps_ratio": lambda mark: mark.result.critical_steps,
-        "wall_ratio": lambda mark: mark.result.wall_s,
+        "critical_steps": lambda mark: mark.result.critical_steps,
+        "wall": lambda mark: mark.result.wall_s,
     }
-    for num in (None, *sorted({num_entities(one) for one, _ in pairs})):
-        of_size = [p for p in pairs if num is None or num_entities(p[0]) == num]
-        for key, read in measures.items():
-            if of_size:
-                ours, theirs = (sum(read(pair[at]) for pair in of_size) for at in (0, 1))
-                found[key if num is None else f"{key}_{num}"] = theirs / ours
-    for target in TARGETS:
-        ours, theirs = steps_to_reach(swarm, target), steps_to_reach(single, target)
-        if ours is not None and theirs is not None:
-            found[f"critical_steps_ratio_at_{round(100 * target)}"] = theirs / ours
+    for key, read in measures.items():
+        at = {}
+        for target in TARGETS:
+            ours, theirs = (to_reach(marks, target, read) for marks in (swarm, single))
+            if ours is not None and theirs is not None:
+                at[f"{key}_ratio_at_{round(100 * target)}"] = theirs / ours
+        if at:
+            found |= {f"{key}_ratio": statistics.fmean(at.values())} | at
+        for num in (None, *sorted({num_entities(one) for one, _ in pairs})):
+            alike = [pair for pair in pairs if num in (None, num_entities(pair[0]))]
+            if alike:
+                ours, theirs = (sum(read(pair[side]) for pair in alike) for side in (0, 1))
+                of_size = "" if num is None else f"_{num}"
+                found[f"{key}_ratio_same_question{of_size}"] = theirs / ours
     return found
 
 
-def steps_to_reach(marks: Sequence[Mark], target: float) -> int | None:
-    """The fewest critical steps within which the mean item-F1 is ``target``; ``None``: never."""
+def to_reach(marks: Sequence[Mark], target: float, read: Callable[[Mark], float]) -> float | None:
+    """The least within which the mean item-F1 is ``target``; ``None``: never."""
     total = 0.0
-    for mark in sorted(marks, key=lambda mark: mark.result.critical_steps):
+    for mark in sorted(marks, key=read):
         total += mark.score
         if total >= target * len(marks) - 1e-9:
-            return mark.result.critical_steps
+            return read(mark)
     return None
 
 

@@ -35,7 +35,7 @@ TITLES = {
     "ppo": "PPO's clip",
     "toggle": "with Toggle",
     "no-limit": "without a tight limit",
-    "no-limit-no-parallel": "without it and r_parallel",
+    "no-limit-no-parallel": "without a tight limit, without r_parallel",
 }
 PANELS = (
     ("r_perf", "outcome (item-F1 under the limit)"),
@@ -60,6 +60,7 @@ FIGURES = (
     ("width", ".2f"),
     ("critical_steps", ".2f"),
     ("share_equal_groups", ".2f"),
+    ("trained_tokens", ".0f"),
     ("entropy", ".4f"),
     ("kl", ".1e"),
     ("share_masked", ".1e"),
