@@ -56,12 +56,14 @@ def described(
 
 
 def commit() -> str:
-    """Hash of HEAD, with "-dirty" where the working tree differs; without git SWARM_COMMIT."""
+    """``SWARM_COMMIT`` where it is set, else the hash of HEAD, "-dirty" if the tree differs."""
+    if named := os.environ.get("SWARM_COMMIT"):
+        return named
     try:
         head = _git("rev-parse", "HEAD")
         return f"{head}-dirty" if _git("status", "--porcelain") else head
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("SWARM_COMMIT", "unknown")
+        return "unknown"
 
 
 def machine() -> dict[str, Any]:

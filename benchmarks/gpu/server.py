@@ -53,6 +53,7 @@ DUMMIES = "dummies"
 """Package of the model class that starts without weights on a GPU."""
 EXACT = "swarm_sdk.model_backend.serving.sglang_models"
 TELL_EVERY_S = 10.0
+HIGHEST_PORT = 65_535 - 10_000
 CPU_ENVIRONMENT = {"SGLANG_PLATFORM": "swarm_cpu", "SGLANG_USE_CPU_ENGINE": "0"}
 
 
@@ -188,9 +189,7 @@ class Server:
         ready_within_s: float = 300,
         models: str = "",
     ) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.ready_s = 0.0
         self._log, self._ready_within_s = log, ready_within_s
@@ -254,6 +253,16 @@ class Server:
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+
+
+def free_port() -> int:
+    """A port that SGLang can take: one of its own lies 10,000 above it."""
+    while True:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = int(free.getsockname()[1])
+        if port <= HIGHEST_PORT:
+            return port
 
 
 def post(url: str, path: str, content: object = None, timeout_s: float = 300) -> object:

@@ -6,13 +6,15 @@
                    prefix lies)
 
 Flags are chosen where the model leaves no choice: parsers of Kimi's tool calls and thinking, Triton
-attention for a latent cache that is not 512 + 64 wide, plain PyTorch on a CPU. What follows ``--``
+attention for a latent cache that is not 512 + 64 wide, tuned tiles for bf16 experts where there are
+some (``moe/``, made by ``benchmarks/gpu/kernels.py``), plain PyTorch on a CPU. What follows ``--``
 on the command line is given to SGLang as it is, after ours, so it wins.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 from collections.abc import Sequence
@@ -40,6 +42,8 @@ CPU_FLAGS = (
 )
 K25_CACHE = (512, 64)
 """Widths of the latent cache for which SGLang's own choice of attention kernels is made."""
+MOE = Path(__file__).with_name("moe")
+"""Tile shapes of SGLang's fused experts, laid out as ``SGLANG_MOE_CONFIG_DIR`` is read."""
 PROBE = (
     "import importlib.util, json\n"
     "print(json.dumps([bool(importlib.util.find_spec(name)) for name in "
@@ -163,12 +167,24 @@ def _server(
     environment = {}
     if gpus:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(str(gpu.index) for gpu in gpus)
+        if _is_tuned(ask, config, tp, gpus[0]) and "SGLANG_MOE_CONFIG_DIR" not in os.environ:
+            environment["SGLANG_MOE_CONFIG_DIR"] = str(MOE)
     return Launch(
         name=f"server-{number}",
         command=(ask.python, "-m", "sglang.launch_server", *flags, *ask.extra),
         url=f"http://{ask.host}:{port}",
         environment=environment,
     )
+
+
+def _is_tuned(ask: Ask, config: KimiConfig, tp: int, gpu: Gpu) -> bool:
+    """Whether ``MOE`` has a file for the share of the experts that each GPU holds."""
+    if ask.ep is not None or found_quantization(read_json(ask.folder)) is not None:
+        return False
+    text = config.text_config
+    width, device = text.moe_intermediate_size // tp, gpu.name.replace(" ", "_")
+    name = f"E={text.n_routed_experts},N={width},device_name={device}.json"
+    return any((folder / name).is_file() for folder in (MOE / "configs").iterdir())
 
 
 def _router(ask: Ask, servers: Sequence[Launch]) -> Launch:

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -178,3 +179,41 @@ def test_on_the_cpu_int4_is_refused_and_bf16_gets_plain_flags(
     folder = int4_folder(tmp_path / "int4")
     with pytest.raises(ConfigError, match=r"INT4 experts on GPUs only; .*--to bf16"):
         plan(Ask(folder=folder, port=port, python=python, device="cpu"))
+
+
+@pytest.mark.parametrize(
+    ("tp", "int4", "others", "is_tuned"),
+    [(1, False, "", True), (2, False, "", False), (1, True, "", False), (1, False, "/mine", False)],
+    ids=["k2.5's experts", "halves of them", "int4", "the user's own"],
+)
+def test_experts_of_a_tuned_shape_get_the_tiles_that_were_tuned(
+    tmp_path: Path,
+    python: str,
+    gpus: Callable[..., None],
+    port: int,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    tp: int,
+    int4: bool,
+    others: str,
+    is_tuned: bool,
+) -> None:
+    gpus(2)
+    monkeypatch.delenv("SGLANG_MOE_CONFIG_DIR", raising=False)
+    if others:
+        monkeypatch.setenv("SGLANG_MOE_CONFIG_DIR", others)
+    folder = tmp_path / "model"
+    shutil.copytree(nano_directory(), folder)
+    content = json.loads((folder / "config.json").read_text())
+    content["text_config"] |= {"n_routed_experts": 384, "moe_intermediate_size": 2048}
+    (folder / "config.json").write_text(json.dumps(with_quantization(content, int4=int4)))
+    (server,) = plan(Ask(folder=folder, port=port, python=python, tp=tp)).servers
+    place = server.environment.get("SGLANG_MOE_CONFIG_DIR")
+    assert (place is not None) == is_tuned
+    if place is not None:
+        name = "configs/triton_3_6_0/E=384,N=2048,device_name=NVIDIA_H200.json"
+        tiles = json.loads((Path(place) / name).read_text())
+        assert set(tiles["4096"]) == {
+            *(f"BLOCK_SIZE_{axis}" for axis in "MNK"),
+            *("GROUP_SIZE_M", "num_warps", "num_stages"),
+        }
