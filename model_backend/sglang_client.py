@@ -16,6 +16,9 @@ log softmax(logits). With ``top_p`` = 1 that is the distribution which was drawn
 the ids which the schema allowed. A server started with SGLANG_RETURN_ORIGINAL_LOGPROB=1 leaves the
 temperature out: do not set it.
 
+Ids go in as they are, but for prompts with pictures on SGLang 0.5.11: it spells those and reads
+them again, so ids that its tokenizer would not choose become others (0.5.23 keeps them).
+
 Seeds count only on a server that was started with ``--enable-deterministic-inference``, which needs
 a GPU; elsewhere SGLang ignores them, and a warning in the log says so once. Experts are recorded by
 a server that was started with ``--enable-return-routed-experts``.

@@ -28,7 +28,7 @@ from sglang.srt.models.deepseek_v2 import MoEGate
 from torch.nn import functional
 
 
-class Float32Gate(MoEGate):
+class _Float32Gate(MoEGate):
     """The router: products of bfloat16 numbers, summed and kept in float32."""
 
     def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
@@ -38,8 +38,8 @@ class Float32Gate(MoEGate):
         return functional.linear(hidden_states.float(), self.weight.float())
 
 
-class KimiK25ForConditionalGeneration(kimi_k25.KimiK25ForConditionalGeneration):
-    """Found by this name in ``config.json``, so it stands in for SGLang's."""
+class _Exact(kimi_k25.KimiK25ForConditionalGeneration):
+    """SGLang's model but for what is kept in float32."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -48,7 +48,7 @@ class KimiK25ForConditionalGeneration(kimi_k25.KimiK25ForConditionalGeneration):
             for norm in (layer.input_layernorm, layer.post_attention_layernorm):
                 _keep_residual(norm)
             if isinstance(getattr(layer.mlp, "gate", None), MoEGate):
-                layer.mlp.gate.__class__ = Float32Gate
+                layer.mlp.gate.__class__ = _Float32Gate
         _keep_residual(network.norm)
         network.norm.override_orig_dtype = torch.float32  # what the output matrix reads
 
@@ -59,4 +59,6 @@ def _keep_residual(norm: RMSNorm) -> None:
     norm._forward_method = norm.forward_native  # noqa: SLF001 - what SGLang dispatched to
 
 
-EntryClass = [KimiK25ForConditionalGeneration]
+_Exact.__name__ = "KimiK25ForConditionalGeneration"  # by which config.json asks for it
+EntryClass: list[type] = [_Exact]
+"""What SGLang looks for in each module of the package."""
