@@ -41,9 +41,24 @@ class Journal:
         """Iteration -> its row."""
         self._board: Any = None
 
-    def write_batch(self, iteration: int, groups: Sequence[Sequence[str]]) -> None:
-        """Keep which episodes an iteration trains on, before it does."""
-        row = {"iteration": iteration, "groups": [list(group) for group in groups]}
+    def write_batch(
+        self,
+        iteration: int,
+        groups: Sequence[Sequence[str]],
+        next_question: int,
+        open_questions: Sequence[int],
+    ) -> None:
+        """Keep which episodes an iteration trains on, before it does.
+
+        ``next_question`` is the first that was not begun by then, ``open_questions`` are begun and
+        not trained on: from there a run goes on that makes this iteration again.
+        """
+        row = {
+            "iteration": iteration,
+            "groups": [list(group) for group in groups],
+            "next_question": next_question,
+            "open_questions": list(open_questions),
+        }
         self.batches[iteration] = row
         _append(self.run / BATCHES, row)
 

@@ -94,6 +94,8 @@ class Parl:
         self._next_question = 0
         self._open_questions: dict[int, dict[int, str | None]] = {}
         """Number of a question -> sample -> its episode, ``None`` while it runs."""
+        self._to_begin: list[int] = []
+        """Questions that an earlier process had begun and not trained on."""
         self._has_news = anyio.Event()
         self._num_failed: Counter[str] = Counter()
 
@@ -166,16 +168,22 @@ class Parl:
         recorded = self.journal.batches.get(self.iteration)
         if recorded is None:
             chosen = await self._collect()
-            self.journal.write_batch(self.iteration, chosen)
+            self.journal.write_batch(
+                self.iteration, chosen, self._next_question, sorted(self._open_questions)
+            )
         else:
             chosen = recorded["groups"]
-            self._next_question = max(self._next_question, recorded.get("next_question", 0))
+            self._next_question = recorded["next_question"]
+            self._to_begin = recorded["open_questions"]
         return records_of(self.ledger, chosen)
 
     async def _collect(self) -> list[list[str]]:
         """Start what is missing, wait for enough complete groups, take them."""
         config, rollouts = self.config, self._manager()
         rollouts.resume()
+        for number in self._to_begin:
+            self._begin(number)
+        self._to_begin = []
         while len(self._open_questions) < config.questions + config.ahead:
             self._begin(self._next_question)
             self._next_question += 1
@@ -314,8 +322,7 @@ class Parl:
         self.learner.num_updates = state["num_updates"]
         if self.reader.toggle is not None:
             self.reader.toggle.load_state_dict(state["toggle"])
-        for number in state["open_questions"]:
-            self._begin(number)
+        self._to_begin = state["open_questions"]
         self.version -= 1
         await self.publish()
 
@@ -324,7 +331,7 @@ class Parl:
         state = {
             "version": self.version,
             "next_question": self._next_question,
-            "open_questions": sorted(self._open_questions),
+            "open_questions": sorted([*self._open_questions, *self._to_begin]),
             "num_updates": self.learner.num_updates,
             "toggle": {} if toggle is None else toggle.state_dict(),
         }
