@@ -109,6 +109,7 @@ class Parl:
         """
         check_machine(config)
         make_environment(config)
+        config.check_run(run)
         if config.replay_routing and team.size > 1:
             raise ConfigError("routing is replayed by one process only; leave replay_routing off")
         parl = cls(config, run, team)
@@ -307,12 +308,12 @@ class Parl:
     # -- the record ------------------------------------------------------------------------------
 
     async def _resume(self) -> None:
-        """Go on from the last checkpoint, if there is one; else keep the settings."""
+        """Go on from the last checkpoint, if there is one."""
         journal = self.journal
         self._recorded = _recorded_episodes(self.ledger, self.environment.name)
+        self.config.save(journal.run)
         done = journal.last_checkpoint()
         if done is None:
-            self.config.save(journal.run)
             return
         self.team.share(("load", done))
         state = journal.load(done, self.learner.state_dict(), self.team)

@@ -15,6 +15,11 @@ from swarm_sdk.traces.parl.muonclip import MuonClipConfig
 from swarm_sdk.traces.parl.rewards.parl import ParlReward, Schedule
 
 FILE_NAME = "config.json"
+MAY_CHANGE = frozenset(
+    {"steps", "max_seconds", "max_episodes", "max_running", "micro_tokens", "device"}
+    | {"save_every", "expert_parallel"}
+)
+"""Settings that a run may go on with others of."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,6 +154,23 @@ class ParlConfig:
     def subagents_at(self, iteration: int) -> str:
         """The checkpoint of the frozen sub-agents."""
         return [path for first, path in sorted(self.subagents) if first <= iteration][-1]
+
+    def check_run(self, run: Path) -> None:
+        """Whether a run that is in ``run`` can go on with these settings.
+
+        Raises:
+            ConfigError: it was begun with others, or its settings cannot be read.
+        """
+        if not (run / FILE_NAME).exists():
+            return
+        begun = self.load(run)
+        for name in self.__dataclass_fields__:
+            then, now = getattr(begun, name), getattr(self, name)
+            if name not in MAY_CHANGE and then != now:
+                raise ConfigError(
+                    f"the run in '{run}' was begun with {name} {then!r} and cannot go on with "
+                    f"{now!r}; give it its own settings or choose another directory"
+                )
 
     def save(self, run: Path) -> None:
         """Write ``config.json``."""
