@@ -180,12 +180,15 @@ class Parl:
 
     async def _collect(self) -> list[list[str]]:
         """Start what is missing, wait for enough complete groups, take them."""
-        config, rollouts = self.config, self._manager()
+        config, must_wait = self.config, await self._change_subagents()
+        rollouts = self._rollouts
+        assert rollouts is not None
         rollouts.resume()
         for number in self._to_begin:
             self._begin(number)
         self._to_begin = []
-        while len(self._open_questions) < config.questions + config.ahead:
+        num_begun = config.questions + (0 if must_wait else config.ahead)
+        while len(self._open_questions) < num_begun:
             self._begin(self._next_question)
             self._next_question += 1
         async with anyio.create_task_group() as balancing:
@@ -213,7 +216,8 @@ class Parl:
                 self._tasks.start_soon(self._run, task, number, sample, name=f"{task.id}.{sample}")
 
     async def _run(self, task: EnvTask, number: int, sample: int) -> None:
-        rollout = await self._manager().rollout(self.environment, task, sample)
+        assert self._rollouts is not None, "nothing is rolled out yet"
+        rollout = await self._rollouts.rollout(self.environment, task, sample)
         if rollout.result is None or rollout.error is not None:
             self._num_failed[(rollout.error or "").partition(":")[0]] += 1
         group = self._open_questions[number]
@@ -227,19 +231,22 @@ class Parl:
             if all(episode is not None for episode in group.values())
         )
 
-    def _manager(self) -> RolloutManager:
-        """The rollout manager; a new one where the curriculum changes the sub-agents."""
+    async def _change_subagents(self) -> bool:
+        """Take the sub-agents that the curriculum has for this iteration; whether that must wait.
+
+        It waits until nothing of the old ones runs, and no question is begun ahead meanwhile.
+        """
         config = self.config
         wanted = config.subagents_at(self.iteration)
-        if self._rollouts is not None and (self.frozen is None or self.frozen.name == wanted):
-            return self._rollouts
-        if self._open_questions and self._rollouts is not None:
-            return self._rollouts  # the change waits until nothing of the old ones runs
+        if self._swarm is not None:
+            if self.frozen is None or self.frozen.name == wanted:
+                return False
+            if self._open_questions:
+                return True
+            await self._swarm.aclose()
+            await self.frozen.aclose()
         if not config.train_subagents:
-            self._retired, self.frozen = (
-                self.frozen,
-                self._open(checkpoint_directory(wanted), wanted, is_frozen=True),
-            )
+            self.frozen = self._open(checkpoint_directory(wanted), wanted, is_frozen=True)
         self._swarm = Swarm(
             self.policy,
             subagent_model=self.frozen,
@@ -254,7 +261,7 @@ class Parl:
             runs=self.journal.run / "runs",
         )
         self._rollouts = self._swarm.rollouts(max_episodes=config.max_episodes)
-        return self._rollouts
+        return False
 
     async def _balance(self) -> None:
         """Share the places out by the requests that each engine has, running or waiting."""

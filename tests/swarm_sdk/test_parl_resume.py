@@ -17,7 +17,7 @@ SMALL = ParlConfig(
     samples=2,
     updates=1,
     max_entities=2,
-    critical_steps=9,
+    main_steps=3,
     save_every=50,
 )
 
