@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -40,6 +41,7 @@ class Journal:
         }
         """Iteration -> its row."""
         self._board: Any = None
+        self._has_board: bool = True
 
     def write_batch(
         self,
@@ -118,12 +120,17 @@ class Journal:
             self._board.close()
 
     def _tensorboard(self) -> Any:
-        if self._board is None:
+        if self._board is None and self._has_board:
             try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:  # the package is not there: the JSON lines hold the same
-                return None
-            self._board = SummaryWriter(str(self.run / "tensorboard"))
+                from tensorboardX import SummaryWriter
+            except ImportError:
+                self._has_board = False
+                sys.stderr.write(
+                    f"no curves for TensorBoard, {METRICS} holds the same; for both: "
+                    "pip install 'swarm-sdk[train]'\n"
+                )
+            else:
+                self._board = SummaryWriter(str(self.run / "tensorboard"))
         return self._board
 
 

@@ -55,7 +55,7 @@ from swarm_sdk.traces.parl.batch import Batch, BatchReader
 from swarm_sdk.traces.parl.distributed import ALONE, Team
 from swarm_sdk.traces.parl.learner import Learner, mean_figures
 from swarm_sdk.traces.parl.toggle import Toggle
-from swarm_sdk.training.journal import Journal
+from swarm_sdk.training.journal import METRICS, Journal
 from swarm_sdk.training.settings import ParlConfig
 from swarm_sdk.types import Sampling
 
@@ -366,22 +366,11 @@ class Parl:
             "staleness": self.version - 1 - _oldest_version(batch, self.version - 1),
             **_left_out(batch),
             "failed": dict(self._num_failed),
-            "drift": dict(self._drift(groups)),
+            "drift": dict(drift_of(self.ledger, groups, self.policy)),
         }
         self._num_failed.clear()
         self.journal.write_metrics(iteration, figures)
         return figures
-
-    def _drift(self, groups: Sequence[Sequence[EpisodeRecord]]) -> Counter[str]:
-        """Of one episode a group: the format is the same for all."""
-        counts: Counter[str] = Counter()
-        chat_format = self.policy.chat_format
-        for group in groups:
-            for record in group[:1]:
-                counts += count_drift(
-                    self.ledger, record.id, chat_format, chat_format.tokenizer.decode
-                )
-        return counts
 
     async def _close(self) -> None:
         for model in (self.policy, self.frozen):
@@ -426,9 +415,19 @@ def follow(config: ParlConfig, run: Path, team: Team) -> None:
 
 
 def records_of(ledger: Ledger, groups: Sequence[Sequence[str]]) -> list[list[EpisodeRecord]]:
-    """The episodes of groups of ids."""
+    """The episodes of groups of ids.
+
+    Raises:
+        LedgerError: one of them is not on record.
+    """
     ids = [episode_id for group in groups for episode_id in group]
     by_id = {record.id: record for record in ledger.episodes(ids)}
+    missing = [episode_id for episode_id in ids if episode_id not in by_id]
+    if missing:
+        raise LedgerError(
+            f"a batch names the episode {missing[0]} and the ledger does not hold it, nor "
+            f"{len(missing) - 1} others; the run's files are not of one run"
+        )
     return [[by_id[episode_id] for episode_id in group] for group in groups]
 
 
@@ -518,6 +517,18 @@ def batch_reader(config: ParlConfig, policy: TokenModel) -> BatchReader:
     )
 
 
+def drift_of(
+    ledger: Ledger, groups: Sequence[Sequence[EpisodeRecord]], policy: TokenModel
+) -> Counter[str]:
+    """Turns of one episode a group by the cause of their drift: the format is the same for all."""
+    counts: Counter[str] = Counter()
+    chat_format = policy.chat_format
+    for group in groups:
+        for record in group[:1]:
+            counts += count_drift(ledger, record.id, chat_format, chat_format.tokenizer.decode)
+    return counts
+
+
 def _recorded_episodes(ledger: Ledger, environment: str) -> dict[str, dict[int, str]]:
     """Task -> sample -> the episode of it that ended and was judged."""
     found: dict[str, dict[int, str]] = {}
@@ -561,40 +572,73 @@ def replay(config: ParlConfig, source: Path, run: Path) -> list[dict[str, Any]]:
     """Train on the episodes of earlier runs; nothing is asked of a model. Returns the figures.
 
     ``source`` is a training run (its own batches are trained in their order) or a run directory
-    of judged episodes (grouped by task, ``config.questions`` a batch).
+    of judged episodes (grouped by task, ``config.questions`` a batch). What it holds beyond
+    ``config.steps`` batches, or outside of tasks, is counted with the last one.
 
     Raises:
-        ConfigError, LedgerError: the source cannot be read.
+        ConfigError: ``run`` holds a run already.
+        LedgerError: the source cannot be read, or holds nothing to train on.
     """
+    if (run / METRICS).exists():
+        raise ConfigError(f"'{run}' holds a run already; choose another directory")
     has_batches = (source / "runs").is_dir()
     ledger = Ledger(source / "runs" if has_batches else source, readonly=True)
-    journal, config_of = Journal(run), config
-    config.save(run)
     start = checkpoint_directory(config.start)
     learner = Learner(load(start, dtype=torch.float32, device=config.device), config.learner())
     policy = open_embedded(start, device=config.device, dtype=DTYPES[config.dtype])
     assert isinstance(policy.engine, EmbeddedEngine)
     served = policy.engine.model  # with the weights that sampled: one iteration behind the learner
-    reader = batch_reader(config_of, policy)
+    reader = batch_reader(config, policy)
     told: list[dict[str, Any]] = []
     batches = _batches_of(source) if has_batches else _groups_of(ledger, config.questions)
     if not batches:
         raise LedgerError(f"'{source}' holds no episodes of an environment to train on")
-    for iteration, groups in enumerate(batches[: config.steps]):
-        batch = reader.read(ledger, records_of(ledger, groups), iteration)
+    journal = Journal(run)
+    config.save(run)
+    num_steps = min(len(batches), config.steps)
+    for iteration, groups in enumerate(batches[:num_steps]):
+        records = records_of(ledger, groups)
+        batch = reader.read(ledger, records, iteration)
+        if iteration == num_steps - 1:
+            _leave_out_the_rest(batch, batches[num_steps:], ledger, is_run=has_batches)
         replayed = served if config.replay_routing else None
         updates = [learner.update(part, replayed=replayed) for part in batch.split(config.updates)]
         if config.replay_routing:
             served.load_state_dict(learner.weights(), strict=False)
-        figures = {**batch.figures, **mean_figures(updates), **_left_out(batch)}
+        figures = {
+            **batch.figures,
+            **mean_figures(updates),
+            **_left_out(batch),
+            "drift": dict(drift_of(ledger, records, policy)),
+        }
         journal.write_metrics(iteration, figures)
-        say(iteration + 1, len(batches), figures)
+        say(iteration + 1, num_steps, figures)
         told.append(figures)
     tokenizer = policy.chat_format.tokenizer
     save_checkpoint(learner.model, tokenizer, run / "model", torch.bfloat16)
     ledger.close()
     journal.close()
     return told
+
+
+def _leave_out_the_rest(
+    batch: Batch, batches: Sequence[Sequence[Sequence[str]]], ledger: Ledger, *, is_run: bool
+) -> None:
+    """Count what a source holds that no batch of a replay reads."""
+    rest = [episode for groups in batches for group in groups for episode in group]
+    if rest:
+        sentence = (
+            f"episode {rest[0]} and others of {len(batches)} more batches come after the last "
+            "step; replay them too with --set steps=N"
+        )
+        batch.leave_out("after_the_last_step", sentence, len(rest))
+    alone = [r.id for r in ledger.episodes() if "task" not in r.settings.get("launch", {})]
+    if alone and not is_run:
+        sentence = (
+            f"episode {alone[0]} belongs to no task of an environment: there is nothing to compare "
+            "it with; run what is to train through swarm.rollouts()"
+        )
+        batch.leave_out("no_task", sentence, len(alone))
 
 
 def _batches_of(source: Path) -> list[list[list[str]]]:
