@@ -130,11 +130,11 @@ class Zygote:
                 importlib.import_module(name)
         if "cv2" in sys.modules:
             sys.modules["cv2"].setNumThreads(1)
+        app.build()
         found = self._trial(app)
         for name in found:
             with contextlib.suppress(ImportError, AttributeError):
                 importlib.import_module(name)
-        app.build_shell()
         return len(found)
 
     def _trial(self, app: Any) -> list[str]:
@@ -470,7 +470,7 @@ def _become_kernel(
             "seed": request["seed"],
             "max_pixels": request["max_pixels"],
             "max_output_chars": request["max_output_chars"],
-            "has_heartbeat": request["has_heartbeat"],
+            "is_for_any_client": request["is_for_any_client"],
         }
     )
     if plan.level == 1:
