@@ -135,6 +135,8 @@ class Zygote:
         for name in found:
             with contextlib.suppress(ImportError, AttributeError):
                 importlib.import_module(name)
+        with tempfile.TemporaryDirectory(dir=self.base) as folder:
+            app.warm(folder)
         return len(found)
 
     def _trial(self, app: Any) -> list[str]:

@@ -1,7 +1,7 @@
 """The kernel itself: IPython behind Jupyter's protocol, made fit for hostile cells.
 
-    build (once, before forks) ─> prepare: key, folders, sockets ─> start
-                                                                     │ a cell
+    build, warm (once, before forks) ─> prepare: key, folders, sockets ─> start
+                                                                           │ a cell
        take new files ─> run, output capped ─> repair what it broke ─> reply, with the variables
 
 Whatever the reply says is for the reader's comfort. Nothing that must hold is decided here.
@@ -10,6 +10,7 @@ Whatever the reply says is for the reader's comfort. Nothing that must hold is d
 from __future__ import annotations
 
 import _posixsubprocess
+import asyncio
 import base64
 import builtins
 import contextvars
@@ -64,6 +65,10 @@ _PICTURES = ("image/png", "image/jpeg")
 _HELPERS = (binarize, count_components, crop, sample_frames, zoom)
 _BACKEND = "matplotlib_inline.backend_inline"
 _BUILTINS = dict(vars(builtins))
+_WARM_CELLS = (
+    *("1 + 1", "print(1)", "x = [1]", "1 / 0", "await __import__('asyncio').sleep(0)") * 10,
+    *("import matplotlib.pyplot as plt; plt.plot([1, 2])", "plt.imshow([[1, 2]])") * 2,
+)
 
 
 def _sent(data: Mapping[str, Any], metadata: dict[str, Any]) -> dict[str, Any]:
@@ -243,7 +248,20 @@ class GuestApp(ipykernel.kernelapp.IPKernelApp):
         )
         self.init_shell()
         self.init_extensions()
+
+    def give(self) -> None:
+        """Put what each session begins with into its namespace."""
+        given: dict[str, Any] = {helper.__name__: helper for helper in _HELPERS}
+        given |= {"images": SHELF.images, "shown": SHELF.shown}
+        self.shell.push(given, interactive=False)
         self.init_code()
+
+    async def run_warm(self) -> None:
+        """Run cells of some kinds as a client's requests; nothing is sent."""
+        for code in _WARM_CELLS:
+            request = self.session.msg("execute_request", {"code": code, "stop_on_error": False})
+            frames = map(zmq.Frame, self.session.serialize(request, b"warm"))
+            await self.kernel.shell_main(None, list(frames))
 
     def _run_startup_files(self) -> None:
         """There are none: what a cell left in IPython's folder must not run before the kernel."""
@@ -301,13 +319,33 @@ def build() -> Any:
         sys.modules["matplotlib"].interactive(b=True)  # figures show at the end of their cell
     _attribute_threads()
     _note_children()
-    given: dict[str, Any] = {helper.__name__: helper for helper in _HELPERS}
-    given |= {"images": SHELF.images, "shown": SHELF.shown}
-    shell.push(given, interactive=False)
     app = GuestApp.instance(config=_config())
     app.build()
     shell.kernel = app.kernel
+    app.give()
     return app
+
+
+def warm(folder: str) -> None:
+    """Run cells before the fork, and forget them: what the first ones fill is shared, too.
+
+    Args:
+        folder: for their files.
+    """
+    app = build()
+    streams, handler = (sys.stdout, sys.stderr), signal.getsignal(signal.SIGINT)
+    SHELF.configure(inputs=folder, scratch=folder, max_pixels=2**20)
+    sys.stdout, sys.stderr = STREAMS
+    try:
+        asyncio.run(app.run_warm())
+    finally:
+        sys.stdout, sys.stderr = streams
+        signal.signal(signal.SIGINT, handler)
+    app.session.digest_history.clear()
+    app.kernel.set_parent([], {})
+    SHELF.shown.set([])
+    app.shell.reset()
+    app.give()
 
 
 def _config() -> Any:

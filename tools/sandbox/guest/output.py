@@ -121,6 +121,8 @@ class Outlet:
 
     def send_multipart(self, frames: Sequence[bytes], **_options: Any) -> None:
         """Send one message, whole: whatever a signal raises, it raises before or after it."""
+        if self.socket is None:  # in the fork-server
+            return
         flags = [_MORE] * (len(frames) - 1) + [0]
         with self._lock:
             deque(map(_send_frame, itertools.repeat(self.socket), frames, flags), maxlen=0)
@@ -128,6 +130,8 @@ class Outlet:
 
     def say(self, name: str, parent: Mapping[str, Any], text: str) -> None:
         """Send ``text`` of a stream with the next flush."""
+        if self.socket is None:
+            return
         self._waiting.append((name, parent, text))
         if not self._is_awaited:
             self._is_awaited = True
@@ -138,12 +142,15 @@ class Outlet:
         with self._lock:
             self._is_awaited = False
             while waiting := tuple(self._waiting):
-                for (name, _), said in itertools.groupby(waiting, lambda one: (one[0], id(one[1]))):
-                    _, parents, texts = zip(*said, strict=True)
-                    told, ident = {"name": name, "text": "".join(texts)}, f"stream.{name}".encode()
-                    self.session.send(self, "stream", told, parents[0], ident)
-                    for _ in texts:
-                        self._waiting.popleft()
+                texts: dict[tuple[str, int], list[str]] = {}
+                parents = {id(parent): parent for _, parent, _ in waiting}
+                for name, parent, text in waiting:
+                    texts.setdefault((name, id(parent)), []).append(text)
+                for (name, number), parts in texts.items():
+                    told, ident = {"name": name, "text": "".join(parts)}, f"stream.{name}".encode()
+                    self.session.send(self, "stream", told, parents[number], ident)
+                for _ in waiting:
+                    self._waiting.popleft()
 
     def _welcome(self) -> None:
         """Greet who subscribed; the socket tells of an event once, to whoever looks first."""
@@ -194,7 +201,7 @@ class Stream(io.TextIOBase):
         self.name: str = name
         self.pipe: int = -1
         self._descriptor = descriptor
-        self._owner = -1
+        self._owner = os.getpid()
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._lock = threading.Lock()
         self._latest: Mapping[str, Any] = {}
