@@ -72,6 +72,7 @@ class Zygote:
         self._children: dict[int, str] = {}
         self._ended: dict[str, int] = {}
         self._own_pids = -1
+        self._has_root = False
         self._number = 0
         self._is_open = all(map(_is_open, isolation.system_folders()))
         Path(self.base, "root").mkdir(exist_ok=True)
@@ -230,6 +231,9 @@ class Zygote:
 
     def _fork(self, request: dict[str, Any], connection: socket.socket) -> list[int]:
         plan = self._plan(request)
+        if plan.level >= 2 and not self._has_root:
+            isolation.build_base(plan.root)
+            self._has_root = True
         ours, theirs = socket.socketpair()
         if self.has_namespaces:
             linux.unshare(linux.CLONE_NEWPID, "pid namespace")

@@ -16,6 +16,7 @@ import builtins
 import contextvars
 import functools
 import logging
+import operator
 import os
 import random
 import secrets
@@ -35,7 +36,7 @@ from ipykernel.compiler import XCachingCompiler
 from ipykernel.displayhook import ZMQShellDisplayHook
 from ipykernel.zmqshell import ZMQDisplayPublisher, ZMQInteractiveShell
 from IPython.core.profiledir import ProfileDir
-from traitlets import Type
+from traitlets import Type, default
 from traitlets.config import Config
 from zmq.eventloop.zmqstream import ZMQStream
 
@@ -64,7 +65,7 @@ MAX_TRACEBACK_CHARS = 20_000
 _PICTURES = ("image/png", "image/jpeg")
 _HELPERS = (binarize, count_components, crop, sample_frames, zoom)
 _BACKEND = "matplotlib_inline.backend_inline"
-_BUILTINS = dict(vars(builtins))
+_BUILTINS = {name: value for name, value in vars(builtins).items() if name not in ("_", "input")}
 _WARM_CELLS = (
     *("1 + 1", "print(1)", "x = [1]", "1 / 0", "await __import__('asyncio').sleep(0)") * 10,
     *("import matplotlib.pyplot as plt; plt.plot([1, 2])", "plt.imshow([[1, 2]])") * 2,
@@ -123,6 +124,14 @@ class GuestShell(ZMQInteractiveShell):
 
     displayhook_class: Any = Type(GuestDisplayHook)
     display_pub_class: Any = Type(GuestPublisher)
+    scratch: str = ""
+
+    def init_profile_dir(self, profile_dir: Any) -> None:
+        """There is none until something asks for it."""
+
+    @default("profile_dir")
+    def _own_folder(self) -> ProfileDir:
+        return ProfileDir(location=f"{self.scratch}/.ipython")
 
     def _showtraceback(self, etype: Any, evalue: Any, stb: list[str]) -> None:
         METER.release()
@@ -210,9 +219,8 @@ class GuestKernel(ipykernel.ipkernel.IPythonKernel):
             for name in list(vars(owner)):
                 if callable(getattr(type(owner), name, None)):
                     del vars(owner)[name]
-        for name, value in _BUILTINS.items():
-            if getattr(builtins, name, None) is not value and name not in ("_", "input"):
-                setattr(builtins, name, value)
+        if not all(map(operator.is_, map(vars(builtins).get, _BUILTINS), _BUILTINS.values())):
+            vars(builtins).update(_BUILTINS)
 
 
 class _NoThread:
@@ -228,6 +236,7 @@ class GuestApp(ipykernel.kernelapp.IPKernelApp):
     """A kernel in two steps: what all kernels share is built before the fork, the rest after it."""
 
     kernel_class: Any = Type(GuestKernel)
+    shell: Any
 
     def build(self) -> None:
         """Build all that needs no socket and tells nothing apart: memory that stays shared."""
@@ -294,7 +303,7 @@ class GuestApp(ipykernel.kernelapp.IPKernelApp):
         OUTLET.open(session, bound(zmq.XPUB, "iopub_port"))
         sys.stdout, sys.stderr = STREAMS
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # between cells an interrupt means nothing
-        kernel.shell.profile_dir = ProfileDir(location=f"{told['scratch']}/.ipython")
+        kernel.shell.scratch = told["scratch"]
 
 
 def prepare(told: Mapping[str, Any]) -> Any:
@@ -317,6 +326,7 @@ def build() -> Any:
     if _BACKEND in sys.modules:
         sys.modules[_BACKEND].configure_inline_support(shell, f"module://{_BACKEND}")
         sys.modules["matplotlib"].interactive(b=True)  # figures show at the end of their cell
+    shell.display_formatter.active_types = ["text/plain", *_PICTURES]  # no other form is sent
     _attribute_threads()
     _note_children()
     app = GuestApp.instance(config=_config())
@@ -351,6 +361,7 @@ def warm(folder: str) -> None:
 def _config() -> Any:
     config = Config()
     config.HistoryManager.enabled = False
+    config.HistoryManager.hist_file = ":memory:"
     config.InteractiveShell.colors = "NoColor"
     config.InteractiveShell.xmode = "Plain"
     config.IPKernelApp.log_level = "CRITICAL"
@@ -403,6 +414,11 @@ def _reap_orphans() -> None:
     own to wait for.
     """
     if os.getpid() != 1:
+        return
+    try:
+        if os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            return  # none of those that there are has ended
+    except ChildProcessError:
         return
     with open("/proc/thread-self/children", encoding="ascii") as stream:
         children = set(map(int, stream.read().split()))
