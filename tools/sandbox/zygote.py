@@ -3,7 +3,8 @@
     python -m swarm_sdk.tools.sandbox.zygote '{"socket": …, "base": …, "level": 3, …}'
 
     start ─> own user, mount and pid namespaces (L2 and up) ─> imports ─> a throw-away kernel tells
-          what else it imported ─> import that too ─> freeze ─> one line of JSON on stdout ─> serve
+          what else it imported ─> import that too ─> run cells, forget them ─> freeze
+          ─> one line of JSON on stdout ─> serve
 
     a connection, one request, one answer (JSON and descriptors)
       fork    -> pidfd, a socket that tells when the kernel is ready, its folder
