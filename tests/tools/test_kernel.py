@@ -217,7 +217,7 @@ async def test_a_kernel_that_died_in_idleness_is_not_handed_out():
 
 
 async def test_no_kernel_starts_ahead_beyond_the_memory_bound():
-    async with KernelPool(3, memory_mb=30) as pool:
+    async with KernelPool(3, memory_mb=20) as pool:
         await pool.wait_ready(1)
         await anyio.sleep(0.5)
         assert 1 <= pool.num_idle < 3
@@ -323,6 +323,44 @@ async def test_what_a_cell_started_and_did_not_end_prints_into_no_later_cell():
         code += "threading.Thread(target=lambda: (time.sleep(0.2), print('LATE'))).start()"
         await run(sandbox, code)
         assert await run(sandbox, "time.sleep(0.5); print('mine')") == ("ok", "mine")
+
+
+async def test_what_programs_write_is_heard_between_what_the_cell_prints():
+    async with KernelSandbox() as sandbox:
+        code = "import os, subprocess\nprint('a')\nos.system('echo b; sleep 0.1; echo c >&2')\n"
+        code += "subprocess.run(['echo', 'd'])\nif not (pid := os.fork()):\n"
+        code += "    print('e')\n    os._exit(0)\nos.waitpid(pid, 0); os.write(1, 'é\\n'.encode());"
+        status, text = await run(sandbox, code)
+        assert status == "ok"
+        assert sorted(text.split()) == ["a", "b", "c", "d", "e", "é"]
+        assert [one for one in text if one in "abde"] == list("abde")
+        status, text = await run(sandbox, "os.system('seq 200000'); print('end')")
+        assert status == "ok"
+        assert "characters cut" in text
+        assert text.endswith("200000\nend")
+
+
+async def test_a_signal_in_the_midst_of_output_tears_no_message():
+    async with KernelSandbox() as sandbox:
+        code = "import signal\ndef end(*_): raise TimeoutError\nsignal.signal(14, end);"
+        assert await run(sandbox, code) == ("ok", "")
+        for _ in range(10):
+            code = "signal.setitimer(signal.ITIMER_REAL, 0.02)\n"
+            code += "while True: print('x', flush=True)"
+            status, text = await run(sandbox, code)
+            assert (status, text.partition("\n")[0]) == ("error", "x")
+        assert await run(sandbox, "print('on'); 7") == ("ok", "on\n7")
+
+
+async def test_what_ran_before_the_fork_has_left_nothing_in_a_session():
+    async with KernelSandbox() as sandbox:
+        code = "[name for name in dir() if name[0] != '_'], In[:-1], Out, shown, get_ipython()"
+        status, text = await run(sandbox, f"print({code}.execution_count)")
+        assert status == "ok"
+        names, rest = text.split("] ", 1)
+        assert "'x'" not in names
+        assert "'plt'" not in names
+        assert rest == "[''] {} shown holds no picture 2"
 
 
 async def test_characters_that_no_message_can_hold_cost_only_themselves():

@@ -118,7 +118,7 @@ class Cut:
 
 def fed(data, size):
     """A peer that was given ``data`` in pieces, and its transport."""
-    peer, transport = _Peer(), Cut()
+    peer, transport = _Peer(lambda: None), Cut()
     peer.connection_made(transport)
     for start in range(0, len(data), size):
         if not transport.is_cut:
@@ -137,8 +137,8 @@ def message(frames):
 def test_messages_are_whole_however_their_bytes_arrive(messages, size):
     peer, transport = fed(GREETING + READY + b"".join(map(message, messages)), size)
     assert not transport.is_cut
-    assert [peer._waiting.get_nowait() for _ in messages] == messages
-    assert peer._waiting.empty()
+    assert [peer.take() for _ in messages] == messages
+    assert peer.take() is None
 
 
 @given(st.binary(max_size=600), st.sampled_from([b"", GREETING, GREETING + READY]))
@@ -158,15 +158,14 @@ def test_who_is_no_peer_or_sends_without_an_end_is_cut_off():
     ):
         peer, transport = fed(data, 2**16)
         assert transport.is_cut
-        assert peer._waiting.empty()
+        assert peer.take() is None
 
 
-@pytest.mark.anyio
-async def test_what_nobody_asks_for_waits_at_the_other_end():
+def test_what_nobody_asks_for_waits_at_the_other_end():
     peer, transport = fed(GREETING + READY + message([bytes(2**20)]) * 30, 2**18)
     assert transport.is_paused
     for _ in range(30):
-        assert await peer.heard() == [bytes(2**20)]
+        assert peer.take() == [bytes(2**20)]
     assert not transport.is_paused
 
 
@@ -184,7 +183,9 @@ async def test_it_speaks_with_libzmq(tmp_path):
     answer = frames({"msg_type": "status"}, {"msg_id": number}, {}, {"text": "y" * 300_000})
     await iopub.send_multipart(answer)
     await shell.send_multipart([identity, *answer[1:]])
-    for heard in (await wire.heard_iopub(), await wire.heard_shell()):
+    for take in (wire.output, wire.reply):
+        while (heard := take()) is None:
+            await wire.news()
         assert (heard.parent, len(heard.content["text"])) == (number, 300_000)
     wire.close()
     context.destroy(linger=0)

@@ -25,13 +25,21 @@ _PERIOD_US = 100_000
 _OPTIONAL = ("memory.memsw.limit_in_bytes", "memory.swap.max", "cpu.max", "cpu.cfs_quota_us")
 """Missing where a system has no swap accounting or no CPU quotas."""
 _ROOT = Path("/sys/fs/cgroup")
+_TELLING = {
+    1: ("memory.oom_control", "memory.usage_in_bytes"),
+    2: ("memory.events", "memory.current"),
+}
+"""Files that tell of kills and of memory in use, by version."""
 
 
 class Cgroup:
     """The caps of one kernel."""
 
-    def __init__(self, folders: Sequence[Path]) -> None:
+    def __init__(self, folders: Sequence[Path], version: int) -> None:
         self._folders = folders
+        events, use = _TELLING[version]
+        self._events = str(folders[0] / events)  # the memory's folder is the first
+        self._use = str(folders[0] / use)
 
     @property
     def folders(self) -> tuple[str, ...]:
@@ -40,17 +48,12 @@ class Cgroup:
 
     def oom_kills(self) -> int:
         """Processes killed because the memory was used up."""
-        text = self._memory("memory.events", "memory.oom_control")
-        found = re.search(r"^oom_kill (\d+)", text, re.MULTILINE)
+        found = re.search(r"^oom_kill (\d+)", _read(self._events), re.MULTILINE)
         return int(found[1]) if found else 0
 
     def memory_bytes(self) -> int:
         """Memory in use, files in its tmpfs included."""
-        return int(self._memory("memory.current", "memory.usage_in_bytes") or 0)
-
-    def _memory(self, *names: str) -> str:
-        """The first file of these that there is; the memory's folder is the first."""
-        return next(filter(None, (_read(self._folders[0] / name) for name in names)), "")
+        return int(_read(self._use) or 0)
 
     def remove(self) -> None:
         """Delete the group; its processes are gone, or about to be."""
@@ -103,7 +106,7 @@ class Cgroups:
             for file, value in caps.items():
                 if file.startswith(controller) or self._version == 2:
                     _set(folder, file, value)
-        return Cgroup(made)
+        return Cgroup(made, self._version)
 
     def remove(self) -> bool:
         """Delete our folders and what was left in them; whether all are gone."""
@@ -213,8 +216,9 @@ def _remove_tree(folder: Path) -> None:
             continue  # a process is left in it; the next sweep tries again
 
 
-def _read(path: Path) -> str:
+def _read(path: str | Path) -> str:
     try:
-        return path.read_text()
+        with open(path, encoding="ascii") as stream:
+            return stream.read()
     except OSError:
         return ""

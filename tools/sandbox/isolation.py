@@ -16,7 +16,7 @@ import os
 import resource
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,7 +97,7 @@ def isolate(plan: Plan) -> socket.socket | None:
     if plan.level >= 2:
         kinds = linux.CLONE_NEWNS | linux.CLONE_NEWUTS | linux.CLONE_NEWIPC | linux.CLONE_NEWNET
         linux.unshare(kinds, "mount, network, ipc and uts namespaces")
-        _build_root(plan)
+        _enter_root(plan)
         linux.bring_loopback_up()
         linux.set_host_name("sandbox")
         if plan.has_proxy:
@@ -141,13 +141,17 @@ def become(outer_user: int, outer_group: int, inner: int) -> None:
     Path("/proc/self/gid_map").write_text(f"{inner} {outer_group} 1")
 
 
-def _build_root(plan: Plan) -> None:
-    root = plan.root
-    linux.mount(None, "/", None, linux.MS_REC | linux.MS_PRIVATE)
+def build_base(root: str, mounts: Iterable[str] = ()) -> None:
+    """Mount at ``root`` what all kernels see alike: sealed, with places for what is their own.
+
+    In the fork-server, once: the mount namespace of a kernel begins as a copy of the server's.
+    """
     hard = linux.MS_NOSUID | linux.MS_NODEV
     linux.mount("tmpfs", root, "tmpfs", hard, "size=1m,nr_inodes=1k,mode=755")
-    for name in ("etc", "dev", "dev/pts", "proc", ".old"):
+    for name in ("etc", "dev/pts", "proc"):
         os.makedirs(f"{root}/{name}")
+    for path in (*_WRITABLE.values(), INPUT):
+        os.makedirs(root + path)
     for name in _LINKS:
         if os.path.islink(f"/{name}"):
             os.symlink(os.readlink(f"/{name}"), f"{root}/{name}")
@@ -158,16 +162,27 @@ def _build_root(plan: Plan) -> None:
     for path in _ETC_OF_THE_MACHINE:
         if os.path.exists(path):
             _show(root, path, path)
-    for name, path in _WRITABLE.items():
-        os.makedirs(root + path, exist_ok=True)
-        linux.mount(f"{plan.store}/{name}", root + path, None, linux.MS_BIND)
-    for folder in (*system_folders(), *plan.mounts):
+    for folder in (*system_folders(), *mounts):
         _show(root, folder, folder)
-    _show(root, plan.inputs, INPUT)
     for name in _DEVICES:
         Path(root, "dev", name).touch()
         linux.mount(f"/dev/{name}", f"{root}/dev/{name}", None, linux.MS_BIND)
         linux.seal(f"{root}/dev/{name}")  # can be written to; its times and owner stay
+    os.symlink("pts/ptmx", f"{root}/dev/ptmx")
+    os.symlink("/proc/self/fd", f"{root}/dev/fd")
+    linux.seal(root)
+
+
+def _enter_root(plan: Plan) -> None:
+    """Put what is this kernel's own in its places, and leave the machine's files."""
+    root = plan.root
+    if plan.mounts:  # over the base that all share: nobody else is to see their names
+        build_base(root, plan.mounts)
+    for name, path in _WRITABLE.items():
+        linux.mount(f"{plan.store}/{name}", root + path, None, linux.MS_BIND)
+    for folder in plan.mounts:  # again: a place that can be written to may have covered it
+        _show(root, folder, folder)
+    _show(root, plan.inputs, INPUT)
     linux.mount(
         "devpts",
         f"{root}/dev/pts",
@@ -175,24 +190,21 @@ def _build_root(plan: Plan) -> None:
         linux.MS_NOSUID | linux.MS_NOEXEC,
         "newinstance,ptmxmode=0666,mode=600",
     )
-    os.symlink("pts/ptmx", f"{root}/dev/ptmx")
-    os.symlink("/proc/self/fd", f"{root}/dev/fd")
-    linux.mount("proc", f"{root}/proc", "proc", hard | linux.MS_NOEXEC)
-    linux.pivot_root(root, f"{root}/.old")
+    flags = linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC
+    linux.mount("proc", f"{root}/proc", "proc", flags)
+    os.chdir(root)
+    linux.pivot_root(".", ".")  # the old root lies over the new one, until it is unmounted
+    linux.unmount(".")
     os.chdir("/")
-    linux.unmount("/.old")
-    os.rmdir("/.old")
-    linux.seal("/")
 
 
 def _show(root: str, source: str, target: str) -> None:
     """Bind ``source`` read-only."""
     place = root + target
-    if os.path.isdir(source):
-        os.makedirs(place, exist_ok=True)
-    else:
-        os.makedirs(os.path.dirname(place), exist_ok=True)
-        Path(place).touch()
+    if not os.path.exists(place):
+        os.makedirs(place if os.path.isdir(source) else os.path.dirname(place), exist_ok=True)
+        if not os.path.isdir(source):
+            Path(place).touch()
     linux.mount(source, place, None, linux.MS_BIND | linux.MS_REC)
     linux.make_read_only(place)
 

@@ -53,6 +53,8 @@ BUSY_S = 10.0
 """Longest time until a kernel says that it began."""
 IDLE_S = 3.0
 """Longest time between the reply to a cell and the end of its output."""
+LAST_WORDS_S = 0.05
+"""How long after its end we listen for what a process said before."""
 GREETING_S = 0.25
 """Longest time that we wait for a kernel's greeting before we ask it something."""
 MAX_JOURNAL = 10_000
@@ -78,10 +80,8 @@ class _Cell:
         self.has_begun = False
         self.num_bytes = 0
 
-    def hear(self, heard: Heard | None) -> None:
+    def hear(self, heard: Heard) -> None:
         """Take in a message of any kind."""
-        if heard is None:
-            return
         self.num_bytes += heard.num_bytes
         if heard.parent != self.request:
             return
@@ -411,55 +411,46 @@ class KernelSandbox:
         """Take in messages until the cell's end, or until there is nothing to wait for."""
         assert self._process is not None
         assert self._wire is not None
-        wire, pidfd, ends = self._wire, self._process.pidfd, list[_End]()
+        wire, ends = self._wire, list[_End]()
         loop = asyncio.get_running_loop()
-        timers: list[asyncio.TimerHandle] = []
+        # A descriptor of its own: who ends the sandbox meanwhile waits for the other.
+        pidfd = os.dup(self._process.pidfd)
 
+        def stop(end: _End) -> None:
+            ends.append(end)
+            wire.wake()
+
+        def check_begun() -> None:
+            if not cell.has_begun:
+                stop("hang")
+
+        def die() -> None:
+            loop.remove_reader(pidfd)
+            timers.append(loop.call_later(LAST_WORDS_S, stop, "dead"))
+
+        timers = [loop.call_later(timeout_s, stop, "late"), loop.call_later(BUSY_S, check_begun)]
+        loop.add_reader(pidfd, die)
+        is_half = False
         try:
-            async with anyio.create_task_group() as group:
-
-                def stop(end: _End) -> None:
-                    ends.append(end)
-                    group.cancel_scope.cancel()
-
-                def check_begun() -> None:
-                    if not cell.has_begun:
-                        stop("hang")
-
-                async def outputs() -> None:
-                    while not cell.is_idle:
-                        cell.hear(await wire.heard_iopub())
-                        if cell.num_bytes > MAX_CELL_BYTES:
-                            stop("flood")
-                            return
-                        await anyio.lowlevel.checkpoint()
-                    if cell.reply is None:
-                        await anyio.sleep(IDLE_S)
-                    stop("over" if cell.reply is not None else "hang")
-
-                async def replies() -> None:
-                    while cell.reply is None:
-                        cell.hear(await wire.heard_shell())
-                    if not cell.is_idle:
-                        await anyio.sleep(IDLE_S)
-                    # Outputs that do not reach us would make "ok" a lie.
-                    stop("over" if cell.is_idle else "hang")
-
-                async def death() -> None:
-                    await anyio.wait_readable(pidfd)
-                    with anyio.move_on_after(0.05):  # what it said last
-                        while True:
-                            cell.hear(await wire.heard_iopub())
-                    stop("dead")
-
-                timers.append(loop.call_later(timeout_s, stop, "late"))
-                timers.append(loop.call_later(BUSY_S, check_begun))
-                for task in (outputs, replies, death):
-                    group.start_soon(task)
+            while not ends:
+                while not cell.is_idle and (heard := wire.output()) is not None:
+                    cell.hear(heard)
+                    if cell.num_bytes > MAX_CELL_BYTES:
+                        return "flood"
+                while cell.reply is None and (heard := wire.reply()) is not None:
+                    cell.hear(heard)
+                if cell.is_idle and cell.reply is not None:
+                    return "over"
+                if not is_half and (cell.is_idle or cell.reply is not None):
+                    is_half = True  # outputs that do not reach us would make "ok" a lie
+                    timers.append(loop.call_later(IDLE_S, stop, "hang"))
+                await wire.news()
+            return ends[0]
         finally:
             for timer in timers:
                 timer.cancel()
-        return ends[0]
+            loop.remove_reader(pidfd)
+            os.close(pidfd)
 
     # -- the process -------------------------------------------------------------------------------
 
@@ -504,31 +495,19 @@ class KernelSandbox:
     async def _until_heard(self, wire: Wire) -> None:
         """Wait until outputs reach us, or for the end of the process.
 
-        A kernel greets who listens, but its thread can miss that somebody does (zmq tells of new
-        events only once); a question makes it speak.
+        A kernel greets who listens; where that is lost, a question makes it speak.
 
         Raises:
             SandboxDied: it ended.
         """
         assert self._process is not None
-        process = self._process
-        is_heard = False
-        async with anyio.create_task_group() as group:
-
-            async def watch() -> None:
-                await anyio.wait_readable(process.pidfd)
-                group.cancel_scope.cancel()
-
-            group.start_soon(watch)
-            while not is_heard:
-                with anyio.move_on_after(GREETING_S):
-                    await wire.heard_iopub()
-                    is_heard = True
-                if not is_heard:
-                    wire.send("kernel_info_request", {})
-            group.cancel_scope.cancel()
-        if not is_heard:
-            raise SandboxDied(f"the sandbox ended while it started ({process.ending()})")
+        while wire.output() is None:
+            if not self._process.is_alive:
+                raise SandboxDied(f"the sandbox ended while it started ({self._process.ending()})")
+            with anyio.move_on_after(GREETING_S) as waiting:
+                await wire.news()
+            if waiting.cancelled_caught:
+                wire.send("kernel_info_request", {})
 
     async def _end_kernel(self) -> None:
         self._variables = ()

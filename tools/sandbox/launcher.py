@@ -323,7 +323,7 @@ class Zygote:
         *,
         inputs: str,
         seed: int,
-        has_heartbeat: bool = False,
+        is_for_any_client: bool = False,
     ) -> KernelProcess:
         """Fork a kernel; its folder is kept over kernels of the same name.
 
@@ -332,7 +332,7 @@ class Zygote:
             settings: what it may use.
             inputs: folder of the task's files.
             seed: of its random numbers.
-            has_heartbeat: whether it answers on its heartbeat socket, which we do not ask.
+            is_for_any_client: whether it has the sockets, too, that we do not use.
 
         Raises:
             ConfigError: the level is below what ``settings`` ask for.
@@ -344,7 +344,7 @@ class Zygote:
             raise ConfigError(
                 f"code can reach hosts through our proxy from level L2 on; this is {self.isolation}"
             )
-        extra = {"inputs": inputs, "seed": seed, "has_heartbeat": has_heartbeat}
+        extra = {"inputs": inputs, "seed": seed, "is_for_any_client": is_for_any_client}
         cgroup, request = self._request("fork", name, level, settings, extra)
         asking = asyncio.ensure_future(self.ask_async(request))
         try:

@@ -65,7 +65,7 @@ class ZygoteProvisioner(KernelProvisionerBase):
         inputs = InputFolder(Path(zygote.inputs_folder, self._name))
         seed = secrets.randbits(63)
         process = await zygote.launch(
-            self._name, self._settings, inputs=str(inputs.path), seed=seed, has_heartbeat=True
+            self._name, self._settings, inputs=str(inputs.path), seed=seed, is_for_any_client=True
         )
         self.process = process
         told = await process.wait_ready()

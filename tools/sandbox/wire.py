@@ -1,7 +1,7 @@
 """Jupyter's messages to one kernel and from it; whatever a kernel says is data from a stranger.
 
-    Wire.send ──> DEALER (shell)       a Unix socket each       DEALER, SUB (iopub) ──> Wire.heard_*
-                                       (ZMTP 3.0, see _Peer)
+    Wire.send ──> DEALER (shell)     a Unix socket each     DEALER ──> Wire.reply
+                                   (ZMTP 3.0, see _Peer)     SUB ──> Wire.output   (iopub)
 
 A message counts if its frames are complete, signed and JSON objects of the right shape; all others
 are dropped. The key is in the kernel, so the signature shows only that the kernel sent it. Sockets
@@ -15,11 +15,11 @@ MAX_MESSAGE_BYTES and MAX_FRAMES, and what is not asked for waits in the kernel.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import hmac
 import json
 import secrets
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, cast
@@ -90,19 +90,17 @@ def unpacked(frames: Sequence[bytes], key: bytes) -> Heard | None:
 
 
 def _signature(parts: Sequence[bytes], key: bytes) -> bytes:
-    signed = hmac.new(key, digestmod=hashlib.sha256)
-    for part in parts:
-        signed.update(part)
-    return signed.hexdigest().encode()
+    return hmac.digest(key, b"".join(parts), "sha256").hex().encode()
 
 
 class Wire:
     """The sockets to one kernel; made by ``connect``."""
 
-    def __init__(self, shell: _Peer, iopub: _Peer, key: bytes) -> None:
+    def __init__(self, shell: _Peer, iopub: _Peer, key: bytes, news: asyncio.Event) -> None:
         self._key = key
         self._shell = shell
         self._iopub = iopub
+        self._news = news
 
     @staticmethod
     async def connect(address: str, key: bytes) -> Wire:
@@ -115,14 +113,15 @@ class Wire:
         Raises:
             OSError: there is no such socket.
         """
-        shell = await _Peer.connect(f"{address}-1", "DEALER")
+        news = asyncio.Event()
+        shell = await _Peer.connect(f"{address}-1", "DEALER", news.set)
         try:
-            iopub = await _Peer.connect(f"{address}-2", "SUB")
+            iopub = await _Peer.connect(f"{address}-2", "SUB", news.set)
         except OSError:
             shell.close()
             raise
         iopub.send([b"\x01"])  # subscribe to everything
-        return Wire(shell, iopub, key)
+        return Wire(shell, iopub, key, news)
 
     def send(self, kind: str, content: Mapping[str, Any]) -> str:
         """Send a request; its id. To a kernel that is gone nothing is sent, and none answers."""
@@ -130,13 +129,29 @@ class Wire:
         self._shell.send(frames)
         return number
 
-    async def heard_shell(self) -> Heard | None:
-        """The next reply; ``None`` for what is no message."""
-        return unpacked(await self._shell.heard(), self._key)
+    def reply(self) -> Heard | None:
+        """The next reply that has come, if one has."""
+        return self._next(self._shell)
 
-    async def heard_iopub(self) -> Heard | None:
-        """The next output or status; ``None`` for what is no message."""
-        return unpacked(await self._iopub.heard(), self._key)
+    def output(self) -> Heard | None:
+        """The next output or status that has come, if one has."""
+        return self._next(self._iopub)
+
+    def _next(self, peer: _Peer) -> Heard | None:
+        while (frames := peer.take()) is not None:
+            heard = unpacked(frames, self._key)
+            if heard is not None:
+                return heard
+        return None
+
+    async def news(self) -> None:
+        """Wait until something has come since the last time, an end of the other end included."""
+        await self._news.wait()
+        self._news.clear()
+
+    def wake(self) -> None:
+        """End a wait for news."""
+        self._news.set()
 
     def close(self) -> None:
         """Close the sockets; what waits in them is dropped."""
@@ -153,7 +168,8 @@ class _Peer(asyncio.Protocol):
     breaks the rules, or the bounds, is cut off, and from then on silent.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tell: Callable[[], object]) -> None:
+        self._tell = tell
         self._transport: asyncio.Transport | None = None
         self._buffer = bytearray()
         self._has_greeted = False
@@ -162,14 +178,14 @@ class _Peer(asyncio.Protocol):
         self._frames: list[bytes] = []
         self._num_bytes = 0
         """Of the message that is coming in."""
-        self._waiting: asyncio.Queue[list[bytes]] = asyncio.Queue()
+        self._waiting: deque[list[bytes]] = deque()
         self._num_waiting_bytes = 0
 
     @staticmethod
-    async def connect(path: str, kind: str) -> _Peer:
-        """Connect, and say what kind of socket this is."""
+    async def connect(path: str, kind: str, tell: Callable[[], object]) -> _Peer:
+        """Connect, and say what kind of socket this is; ``tell`` is called with each message."""
         loop = asyncio.get_running_loop()
-        transport, peer = await loop.create_unix_connection(_Peer, path)
+        transport, peer = await loop.create_unix_connection(lambda: _Peer(tell), path)
         properties = b"".join(
             bytes([len(name)]) + name + len(value).to_bytes(4, "big") + value
             for name, value in ((b"Socket-Type", kind.encode()), (b"Identity", b""))
@@ -186,9 +202,11 @@ class _Peer(asyncio.Protocol):
         elif self._transport is not None and not self._transport.is_closing():
             self._transport.write(data)
 
-    async def heard(self) -> list[bytes]:
-        """The frames of the next message; waits for ever where none comes any more."""
-        frames = await self._waiting.get()
+    def take(self) -> list[bytes] | None:
+        """The frames of the next message, if one has come."""
+        if not self._waiting:
+            return None
+        frames = self._waiting.popleft()
         self._num_waiting_bytes -= _size(frames)
         if self._transport is not None and self._num_waiting_bytes < _MAX_WAITING_BYTES:
             self._transport.resume_reading()
@@ -203,6 +221,10 @@ class _Peer(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        del exc
+        self._tell()
 
     def data_received(self, data: bytes) -> None:
         self._buffer += data
@@ -251,7 +273,8 @@ class _Peer(asyncio.Protocol):
 
     def _complete(self) -> None:
         frames, self._frames, self._num_bytes = self._frames, [], 0
-        self._waiting.put_nowait(frames)
+        self._waiting.append(frames)
+        self._tell()
         self._num_waiting_bytes += _size(frames)
         if self._transport is not None and self._num_waiting_bytes >= _MAX_WAITING_BYTES:
             self._transport.pause_reading()

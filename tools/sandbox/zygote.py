@@ -3,7 +3,8 @@
     python -m swarm_sdk.tools.sandbox.zygote '{"socket": …, "base": …, "level": 3, …}'
 
     start ─> own user, mount and pid namespaces (L2 and up) ─> imports ─> a throw-away kernel tells
-          what else it imported ─> import that too ─> freeze ─> one line of JSON on stdout ─> serve
+          what else it imported ─> import that too ─> run cells, forget them ─> freeze
+          ─> one line of JSON on stdout ─> serve
 
     a connection, one request, one answer (JSON and descriptors)
       fork    -> pidfd, a socket that tells when the kernel is ready, its folder
@@ -72,6 +73,7 @@ class Zygote:
         self._children: dict[int, str] = {}
         self._ended: dict[str, int] = {}
         self._own_pids = -1
+        self._has_root = False
         self._number = 0
         self._is_open = all(map(_is_open, isolation.system_folders()))
         Path(self.base, "root").mkdir(exist_ok=True)
@@ -130,11 +132,13 @@ class Zygote:
                 importlib.import_module(name)
         if "cv2" in sys.modules:
             sys.modules["cv2"].setNumThreads(1)
+        app.build()
         found = self._trial(app)
         for name in found:
             with contextlib.suppress(ImportError, AttributeError):
                 importlib.import_module(name)
-        app.build_shell()
+        with tempfile.TemporaryDirectory(dir=self.base) as folder:
+            app.warm(folder)
         return len(found)
 
     def _trial(self, app: Any) -> list[str]:
@@ -228,6 +232,9 @@ class Zygote:
 
     def _fork(self, request: dict[str, Any], connection: socket.socket) -> list[int]:
         plan = self._plan(request)
+        if plan.level >= 2 and not self._has_root:
+            isolation.build_base(plan.root)
+            self._has_root = True
         ours, theirs = socket.socketpair()
         if self.has_namespaces:
             linux.unshare(linux.CLONE_NEWPID, "pid namespace")
@@ -470,7 +477,7 @@ def _become_kernel(
             "seed": request["seed"],
             "max_pixels": request["max_pixels"],
             "max_output_chars": request["max_output_chars"],
-            "has_heartbeat": request["has_heartbeat"],
+            "is_for_any_client": request["is_for_any_client"],
         }
     )
     if plan.level == 1:

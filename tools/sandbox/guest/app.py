@@ -1,7 +1,7 @@
 """The kernel itself: IPython behind Jupyter's protocol, made fit for hostile cells.
 
-    configure(…) ─> GuestApp.initialize ─> ready ─> start
-                                                      │ a cell
+    build, warm (once, before forks) ─> prepare: key, folders, sockets ─> start
+                                                                           │ a cell
        take new files ─> run, output capped ─> repair what it broke ─> reply, with the variables
 
 Whatever the reply says is for the reader's comfort. Nothing that must hold is decided here.
@@ -10,12 +10,16 @@ Whatever the reply says is for the reader's comfort. Nothing that must hold is d
 from __future__ import annotations
 
 import _posixsubprocess
+import asyncio
 import base64
 import builtins
 import contextvars
 import functools
+import logging
+import operator
 import os
 import random
+import secrets
 import signal
 import subprocess
 import sys
@@ -27,16 +31,20 @@ from typing import Any
 
 import ipykernel.ipkernel
 import ipykernel.kernelapp
+import zmq
 from ipykernel.compiler import XCachingCompiler
 from ipykernel.displayhook import ZMQShellDisplayHook
 from ipykernel.zmqshell import ZMQDisplayPublisher, ZMQInteractiveShell
-from traitlets import Type
+from IPython.core.profiledir import ProfileDir
+from traitlets import Type, default
 from traitlets.config import Config
+from zmq.eventloop.zmqstream import ZMQStream
 
 from swarm_sdk.tools.sandbox.guest.output import (
     CUT_TYPE,
     METER,
-    CappedStream,
+    OUTLET,
+    STREAMS,
     OutputLimit,
     clipped,
 )
@@ -54,11 +62,14 @@ MAX_UNSENT = 2**17
 """Messages on their way to a client; what they hold counts as memory of the sandbox."""
 MAX_VARIABLES = 64
 MAX_TRACEBACK_CHARS = 20_000
-_PORTS = ("shell_port", "iopub_port", "stdin_port", "hb_port", "control_port")
 _PICTURES = ("image/png", "image/jpeg")
 _HELPERS = (binarize, count_components, crop, sample_frames, zoom)
 _BACKEND = "matplotlib_inline.backend_inline"
-_BUILTINS = dict(vars(builtins))
+_BUILTINS = {name: value for name, value in vars(builtins).items() if name not in ("_", "input")}
+_WARM_CELLS = (
+    *("1 + 1", "print(1)", "x = [1]", "1 / 0", "await __import__('asyncio').sleep(0)") * 10,
+    *("import matplotlib.pyplot as plt; plt.plot([1, 2])", "plt.imshow([[1, 2]])") * 2,
+)
 
 
 def _sent(data: Mapping[str, Any], metadata: dict[str, Any]) -> dict[str, Any]:
@@ -113,6 +124,14 @@ class GuestShell(ZMQInteractiveShell):
 
     displayhook_class: Any = Type(GuestDisplayHook)
     display_pub_class: Any = Type(GuestPublisher)
+    scratch: str = ""
+
+    def init_profile_dir(self, profile_dir: Any) -> None:
+        """There is none until something asks for it."""
+
+    @default("profile_dir")
+    def _own_folder(self) -> ProfileDir:
+        return ProfileDir(location=f"{self.scratch}/.ipython")
 
     def _showtraceback(self, etype: Any, evalue: Any, stb: list[str]) -> None:
         METER.release()
@@ -135,9 +154,10 @@ class GuestKernel(ipykernel.ipkernel.IPythonKernel):
     async def do_execute(self, code: str, *args: Any, **options: Any) -> Any:
         """Run one cell."""
         METER.begin()
-        self._say_begun()
         SHELF.take_inputs(self.home)
         reply = await super().do_execute(code, *args, **options)
+        for stream in STREAMS:
+            stream.take()
         METER.release()
         reply["swarm"] = {
             "variables": self._variables(),
@@ -150,13 +170,6 @@ class GuestKernel(ipykernel.ipkernel.IPythonKernel):
             reply["traceback"] = []  # the error message on iopub has it
             reply["evalue"] = clipped(str(reply["evalue"]))
         return reply
-
-    def _say_begun(self) -> None:
-        """Let what was said so far go out: a cell may hold the interpreter's lock for minutes."""
-        handed_over = threading.Event()
-        iopub: Any = self.iopub_thread
-        iopub.schedule(handed_over.set)
-        handed_over.wait(1)
 
     def pre_handler_hook(self) -> None:
         """Between its messages the kernel is deaf to interrupts; from here on it is not."""
@@ -200,22 +213,15 @@ class GuestKernel(ipykernel.ipkernel.IPythonKernel):
 
     def _repair(self) -> None:
         """Undo what a cell did to the session by accident: streams, hooks, builtins."""
-        for name, stream in _STREAMS.items():
-            if getattr(sys, name) is not stream or stream.closed:
-                stream.pub_thread = stream.pub_thread or _APP[0].iopub_thread
-                setattr(sys, name, stream)
+        sys.stdout, sys.stderr = STREAMS
         shell: Any = self.shell
         for owner in (shell, shell.displayhook, shell.display_pub):
             for name in list(vars(owner)):
                 if callable(getattr(type(owner), name, None)):
                     del vars(owner)[name]
-        for name, value in _BUILTINS.items():
-            if getattr(builtins, name, None) is not value and name not in ("_", "input"):
+        if not all(map(operator.is_, map(vars(builtins).get, _BUILTINS), _BUILTINS.values())):
+            for name, value in _BUILTINS.items():
                 setattr(builtins, name, value)
-
-
-_STREAMS: dict[str, Any] = {}
-_APP: list[Any] = []
 
 
 class _NoThread:
@@ -228,109 +234,138 @@ class _NoThread:
 
 
 class GuestApp(ipykernel.kernelapp.IPKernelApp):
-    """A kernel whose sockets and settings were given, not read from a file."""
+    """A kernel in two steps: what all kernels share is built before the fork, the rest after it."""
 
     kernel_class: Any = Type(GuestKernel)
-    has_heartbeat: bool = False
+    shell: Any
 
-    def parse_command_line(self, argv: Any = None) -> None:
-        """There is none."""
+    def build(self) -> None:
+        """Build all that needs no socket and tells nothing apart: memory that stays shared."""
+        self.log.setLevel(logging.CRITICAL)  # here: upstream caps the handler, and formats all
+        logging.getLogger("tornado").addHandler(logging.NullHandler())
+        self.init_crash_handler()
+        self.init_pdb()
+        self.patch_io()
+        self.session.username = "agent"
+        self.kernel: Any = GuestKernel.instance(
+            parent=self,
+            session=self.session,
+            shell_channel_thread=_NoThread(),
+            iopub_thread=OUTLET,
+            iopub_socket=OUTLET,
+            log=self.log,
+            ident="guest",
+        )
+        self.init_shell()
+        self.init_extensions()
 
-    def load_config_file(self, *_: Any, **__: Any) -> None:
-        """There is none."""
+    def give(self) -> None:
+        """Put what each session begins with into its namespace."""
+        given: dict[str, Any] = {helper.__name__: helper for helper in _HELPERS}
+        given |= {"images": SHELF.images, "shown": SHELF.shown}
+        self.shell.push(given, interactive=False)
+        self.init_code()
 
-    def _bind_socket(self, s: Any, port: int) -> Any:
-        """Let messages wait for a client that is busy: past this many they would be dropped."""
-        s.sndhwm = MAX_UNSENT
-        return super()._bind_socket(s, port)
-
-    def init_signal(self) -> None:
-        """Between cells an interrupt means nothing."""
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def init_control(self, context: Any) -> None:
-        """Read requests in the main thread: none runs beside a cell, and a hop less each way."""
-        super().init_control(context)
-        self.shell_channel_thread: Any = _NoThread()
-
-    def init_heartbeat(self) -> None:
-        """For clients that listen to one; ours watches the process and saves two threads."""
-        if self.has_heartbeat:
-            super().init_heartbeat()
-
-    def init_blackhole(self) -> None:
-        """Keep the streams."""
-
-    def init_poller(self) -> None:
-        """The parent is the zygote, which outlives us or takes us along."""
+    async def run_warm(self) -> None:
+        """Run cells of some kinds as a client's requests; nothing is sent."""
+        for code in _WARM_CELLS:
+            request = self.session.msg("execute_request", {"code": code, "stop_on_error": False})
+            frames = map(zmq.Frame, self.session.serialize(request, b"warm"))
+            await self.kernel.shell_main(None, list(frames))
 
     def _run_startup_files(self) -> None:
         """There are none: what a cell left in IPython's folder must not run before the kernel."""
 
-    def init_connection_file(self) -> None:
-        """There is none."""
+    def open(self, told: Mapping[str, Any]) -> None:
+        """Bind the sockets; ours are two, and those of any other Jupyter client five."""
+        info = told["info"]
+        session: Any = self.session
+        session.pid = os.getpid()
+        session.session = secrets.token_hex(16)
+        session.key = info["key"].encode()
+        self.context = context = zmq.Context()
 
-    def write_connection_file(self, **_: Any) -> None:
-        """There is none."""
+        def bound(kind: int, name: str) -> Any:
+            socket: Any = context.socket(kind)
+            socket.linger = 1000
+            socket.sndhwm = MAX_UNSENT  # past this many, messages for a busy client are dropped
+            if kind == zmq.ROUTER:
+                socket.router_handover = 1  # a client that comes back takes its name along
+            socket.bind(f"ipc://{info['ip']}-{info[name]}")
+            return socket
 
-    def log_connection_info(self) -> None:
-        """There is nobody to read it."""
-
-    def init_io(self) -> None:
-        """Keep the streams to restore them."""
-        super().init_io()
-        _STREAMS.update(stdout=sys.stdout, stderr=sys.stderr)
+        kernel = self.kernel
+        kernel.shell_stream = ZMQStream(bound(zmq.ROUTER, "shell_port"))
+        if told.get("is_for_any_client"):
+            kernel.control_stream = ZMQStream(bound(zmq.ROUTER, "control_port"))
+            kernel.stdin_socket = bound(zmq.ROUTER, "stdin_port")
+            self.transport, self.ip, self.hb_port = "ipc", info["ip"], info["hb_port"]
+            self.init_heartbeat()
+        OUTLET.open(session, bound(zmq.XPUB, "iopub_port"))
+        sys.stdout, sys.stderr = STREAMS
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # between cells an interrupt means nothing
+        kernel.shell.scratch = told["scratch"]
 
 
 def prepare(told: Mapping[str, Any]) -> Any:
-    """Build the kernel as ``told``: its sockets, key, folders, seed and limits; not yet started."""
-    info = told["info"]
+    """Make a kernel as ``told``: its sockets, key, folders, seed and limits; not yet started."""
     SHELF.configure(inputs=told["inputs"], scratch=told["scratch"], max_pixels=told["max_pixels"])
     METER.max_chars = told["max_output_chars"]
     seed(told["seed"])
-    build_shell()
-    config = _config()
-    config.Session.key = info["key"].encode()
-    config.Session.signature_scheme = info["signature_scheme"]
-    app = GuestApp.instance(
-        config=config,
-        transport=info["transport"],
-        ip=info["ip"],
-        **{port: info[port] for port in _PORTS},
-    )
-    _APP[:] = [app]
+    app = build()
     GuestKernel.home = told["home"]
-    GuestApp.has_heartbeat = told.get("has_heartbeat", False)
-    app.initialize([])
-    shell: Any = app.shell
-    shell.kernel = app.kernel
-    shell.profile_dir = app.profile_dir
+    app.open(told)
     return app
 
 
-def build_shell() -> None:
-    """Build the shell before the fork: half of a kernel's start, and memory that stays shared."""
-    if GuestShell.initialized():
-        return
+def build() -> Any:
+    """Build what can be before the fork: most of a kernel's start, and memory that stays shared."""
+    if GuestApp.initialized():
+        return GuestApp.instance()
     shell: Any = GuestShell.instance(config=_config(), user_ns={}, compiler_class=XCachingCompiler)
     METER.tell_cut = lambda count: shell.display_pub.publish({CUT_TYPE: {"dropped": count}})
     if _BACKEND in sys.modules:
         sys.modules[_BACKEND].configure_inline_support(shell, f"module://{_BACKEND}")
         sys.modules["matplotlib"].interactive(b=True)  # figures show at the end of their cell
+    shell.display_formatter.active_types = ["text/plain", *_PICTURES]  # no other form is sent
     _attribute_threads()
     _note_children()
-    given: dict[str, Any] = {helper.__name__: helper for helper in _HELPERS}
-    given |= {"images": SHELF.images, "shown": SHELF.shown}
-    shell.push(given, interactive=False)
+    app = GuestApp.instance(config=_config())
+    app.build()
+    shell.kernel = app.kernel
+    app.give()
+    return app
+
+
+def warm(folder: str) -> None:
+    """Run cells before the fork, and forget them: what the first ones fill is shared, too.
+
+    Args:
+        folder: for their files.
+    """
+    app = build()
+    streams, handler = (sys.stdout, sys.stderr), signal.getsignal(signal.SIGINT)
+    SHELF.configure(inputs=folder, scratch=folder, max_pixels=2**20)
+    sys.stdout, sys.stderr = STREAMS
+    try:
+        asyncio.run(app.run_warm())
+    finally:
+        sys.stdout, sys.stderr = streams
+        signal.signal(signal.SIGINT, handler)
+    app.session.digest_history.clear()
+    app.kernel.set_parent([], {})
+    SHELF.shown.set([])
+    app.shell.reset()
+    app.give()
 
 
 def _config() -> Any:
     config = Config()
     config.HistoryManager.enabled = False
+    config.HistoryManager.hist_file = ":memory:"
     config.InteractiveShell.colors = "NoColor"
     config.InteractiveShell.xmode = "Plain"
     config.IPKernelApp.log_level = "CRITICAL"
-    config.IPKernelApp.outstream_class = f"{CappedStream.__module__}.CappedStream"
     config.InteractiveShellApp.exec_PYTHONSTARTUP = False
     return config
 
@@ -380,6 +415,11 @@ def _reap_orphans() -> None:
     own to wait for.
     """
     if os.getpid() != 1:
+        return
+    try:
+        if os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            return  # none of those that there are has ended
+    except ChildProcessError:
         return
     with open("/proc/thread-self/children", encoding="ascii") as stream:
         children = set(map(int, stream.read().split()))
