@@ -241,7 +241,7 @@ def test_a_pool_of_impossible_numbers_is_refused():
         with pytest.raises(ConfigError, match="max_alive"):
             KernelPool(size, max_alive=max_alive)
     with pytest.raises(ConfigError, match="memory_mb"):
-        KernelPool(1, memory_mb=0)
+        KernelPool(1, memory_mb=11)
 
 
 async def test_a_cell_sent_to_a_session_that_just_died_is_told_so_and_never_waits():

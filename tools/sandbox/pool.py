@@ -38,7 +38,7 @@ MAX_STARTING = 4
 AHEAD_S = 0.1
 """What a start ahead waits while another kernel stands ready: the lease that was just given runs
 its first cell in this time, and should have the processors."""
-TYPICAL_BYTES = 24 * 2**20
+TYPICAL_BYTES = 12 * 2**20
 """What an idle kernel holds for itself alone (measured: ``benchmarks/sandbox.py``)."""
 
 
@@ -70,8 +70,11 @@ class KernelPool:
                 f"a pool needs 0 <= size <= max_alive and max_alive >= 1, got size={size} and "
                 f"max_alive={max_alive}"
             )
-        if memory_mb <= 0:
-            raise ConfigError(f"memory_mb must be positive, got {memory_mb}")
+        if memory_mb * 2**20 < TYPICAL_BYTES:
+            raise ConfigError(
+                f"memory_mb must be at least {TYPICAL_BYTES // 2**20}, what one idle kernel holds, "
+                f"got {memory_mb}"
+            )
         self.settings: SandboxSettings = settings
         self._size = size
         self._max_alive = max_alive
