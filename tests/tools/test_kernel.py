@@ -217,7 +217,7 @@ async def test_a_kernel_that_died_in_idleness_is_not_handed_out():
 
 
 async def test_no_kernel_starts_ahead_beyond_the_memory_bound():
-    async with KernelPool(3, memory_mb=20) as pool:
+    async with KernelPool(3, memory_mb=12) as pool:
         await pool.wait_ready(1)
         await anyio.sleep(0.5)
         assert 1 <= pool.num_idle < 3
