@@ -1,9 +1,11 @@
 import json
 import os
 import select
+import site
 import socket
 import subprocess
 import sys
+import venv
 from pathlib import Path
 
 import anyio
@@ -152,6 +154,36 @@ async def test_a_folder_of_the_settings_can_be_read_and_not_written(tmp_path):
         code = f"open('{tmp_path}/data.txt').read()"
         assert (await sandbox.run(code, timeout_s=20)).text == "'mounted'"
         assert (await sandbox.run(f"open('{tmp_path}/x', 'w')", timeout_s=20)).status == "error"
+
+
+def test_an_environment_below_tmp_is_seen_from_inside(tmp_path):
+    """Else what a kernel imports late is missing: its own /tmp lies over the machine's."""
+    assert str(tmp_path).startswith("/tmp/")
+    venv.create(tmp_path / "env", symlinks=True)
+    [packages] = (tmp_path / "env").glob("lib/python*/site-packages")
+    (packages / "late.py").write_text("found = 42")
+    (packages / "others.pth").write_text("\n".join(site.getsitepackages()))
+    for place in (tmp_path, *tmp_path.parents[:2]):
+        place.chmod(0o755)
+    code = """
+import anyio
+from swarm_sdk.tools.sandbox.kernel import KernelSandbox
+async def main():
+    async with KernelSandbox() as sandbox:
+        for _ in range(2):  # the second process of a sandbox finds the same
+            print((await sandbox.run("import late; late.found", timeout_s=20)).text)
+            await sandbox.run("import os; os._exit(1)", timeout_s=20)
+anyio.run(main)
+"""
+    done = subprocess.run(
+        [tmp_path / "env" / "bin" / "python", "-c", code],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+    )
+    assert [line for line in done.stdout.splitlines() if line == "42"] == ["42"] * 2, done
 
 
 async def test_a_fork_server_that_died_is_replaced(monkeypatch):

@@ -28,6 +28,7 @@ SOCKETS = "/run/k"
 PROXY_PORT = 3128
 USER_ID = 1000
 _WRITABLE = {"home": HOME, "tmp": "/tmp", "shm": "/dev/shm", "run": SOCKETS}  # noqa: S108
+_COVERING = tuple(f"{path}/" for path in _WRITABLE.values())
 _LINKS = ("bin", "lib", "lib32", "lib64", "libx32", "sbin")
 _DEVICES = ("null", "zero", "full", "random", "urandom")
 _ETC = {
@@ -180,7 +181,8 @@ def _enter_root(plan: Plan) -> None:
         build_base(root, plan.mounts)
     for name, path in _WRITABLE.items():
         linux.mount(f"{plan.store}/{name}", root + path, None, linux.MS_BIND)
-    for folder in plan.mounts:  # again: a place that can be written to may have covered it
+    covered = [one for one in system_folders() if one.startswith(_COVERING)]
+    for folder in (*covered, *plan.mounts):  # again: below a place that can be written to
         _show(root, folder, folder)
     _show(root, plan.inputs, INPUT)
     linux.mount(

@@ -279,11 +279,12 @@ class GuestApp(ipykernel.kernelapp.IPKernelApp):
     def open(self, told: Mapping[str, Any]) -> None:
         """Bind the sockets; ours are two, and those of any other Jupyter client five."""
         info = told["info"]
+        app: Any = self
         session: Any = self.session
         session.pid = os.getpid()
         session.session = secrets.token_hex(16)
         session.key = info["key"].encode()
-        self.context = context = zmq.Context()
+        app.context = context = zmq.Context()
 
         def bound(kind: int, name: str) -> Any:
             socket: Any = context.socket(kind)
@@ -299,7 +300,7 @@ class GuestApp(ipykernel.kernelapp.IPKernelApp):
         if told.get("is_for_any_client"):
             kernel.control_stream = ZMQStream(bound(zmq.ROUTER, "control_port"))
             kernel.stdin_socket = bound(zmq.ROUTER, "stdin_port")
-            self.transport, self.ip, self.hb_port = "ipc", info["ip"], info["hb_port"]
+            app.transport, app.ip, app.hb_port = "ipc", info["ip"], info["hb_port"]
             self.init_heartbeat()
         OUTLET.open(session, bound(zmq.XPUB, "iopub_port"))
         sys.stdout, sys.stderr = STREAMS
