@@ -26,7 +26,7 @@ from swarm_sdk.model_backend.model.moe import MixtureOfExperts, SwiGLU
 from swarm_sdk.model_backend.model.rope import text_rotation
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
     from torch import Tensor
 
@@ -65,11 +65,9 @@ class DecodeNetwork:
         from swarm_sdk.model_backend.kernels import decode_step as kernel
 
         text = model.config.text_config
-        packer = _Packer()
-        table = torch.tensor(
-            [_pack_layer(cast("DecoderLayer", layer), packer) for layer in model.layers]
-        )
-        head_norm, head = packer.vector(model.norm.weight), packer.matrix(model.lm_head.weight)
+        self._model = model
+        packer, rows, head_norm, head = _pack(model)
+        table = torch.tensor(rows)
         self.max_rows: int = max_rows
         """Of one step."""
         self.num_threads: int = min(torch.get_num_threads(), MAX_THREADS)
@@ -144,13 +142,13 @@ class DecodeNetwork:
             for name, tensor in tensors.items()
         }
         self._buffers = kernel.Buffers(**arrays)
-        weights = packer.packed()
+        self._weights, self._vectors = weights, vectors = packer.packed(), torch.cat(packer.vectors)
         self.weight_bytes: int = weights.nbytes
         """Of all packed matrices."""
         self._arguments: tuple[Any, ...] = (
             self._shape,
             weights.numpy().view("uint32") if weights.dtype == torch.int32 else weights.numpy(),
-            torch.cat(packer.vectors).numpy(),
+            vectors.numpy(),
             table.numpy(),
             self._buffers,
         )
@@ -159,6 +157,16 @@ class DecodeNetwork:
         """What the table of pages holds."""
         self._team: _Team | None = None
         self._is_compiled = False
+
+    @torch.inference_mode()
+    def refresh(self) -> bool:
+        """Pack the model's new weights in place of the old; whether they fit there."""
+        packer, *_ = _pack(self._model)
+        if packer.is_bfloat16 or self._weights.dtype != torch.float32:
+            return False
+        packer.write(self._weights)
+        torch.cat(packer.vectors, out=self._vectors)
+        return True
 
     def step(self, ids: list[int], positions: list[int], pages: list[list[int]]) -> Tensor:
         """Compute one token of each row; returns logits [B, vocabulary], valid until the next step.
@@ -250,7 +258,7 @@ class _Team:
 
 
 class _Packer:
-    """Matrices as tiles of 16 columns, end to end, and vectors likewise."""
+    """Matrices as tiles of 16 columns, end to end, and vectors likewise; views until written."""
 
     def __init__(self) -> None:
         self.vectors: list[Tensor] = []
@@ -260,10 +268,14 @@ class _Packer:
 
     def matrix(self, weight_OA: Tensor) -> int:
         """Add a matrix; returns its place in rows of 16 weights."""
-        place, depth = self._num_rows, weight_OA.shape[1]
-        weight_OA = functional.pad(weight_OA.detach(), (0, 0, 0, -weight_OA.shape[0] % TILE))
-        self._tiles.append(weight_OA.view(-1, TILE, depth).transpose(1, 2).reshape(-1, TILE))
-        self._num_rows += len(self._tiles[-1])
+        weight_OA = functional.pad(weight_OA, (0, 0, 0, -weight_OA.shape[0] % TILE))
+        return self.tiles(weight_OA.view(-1, TILE, weight_OA.shape[1]))
+
+    def tiles(self, weight: Tensor) -> int:
+        """Add matrices whose last two dimensions are a tile's columns and their depth."""
+        place = self._num_rows
+        self._tiles.append(weight.detach().transpose(-1, -2))
+        self._num_rows += weight.numel() // TILE
         return place
 
     def vector(self, weight_A: Tensor) -> int:
@@ -273,14 +285,33 @@ class _Packer:
         self._num_values += len(self.vectors[-1])
         return place
 
+    @property
+    def is_bfloat16(self) -> bool:
+        """Whether bfloat16 holds every matrix without loss; told early where one is not."""
+        return not any(bool((one.view(torch.int32) & 0xFFFF).any()) for one in self._tiles)
+
+    def write(self, packed: Tensor) -> None:
+        """Write all matrices, float32."""
+        start = 0
+        for one in self._tiles:
+            packed[start : start + one.numel()].view(one.shape).copy_(one)
+            start += one.numel()
+
     def packed(self) -> Tensor:
         """All matrices: float32, or words of two bfloat16 (int32) if that loses nothing."""
-        tiles = torch.cat(self._tiles)
-        self._tiles = []
-        bits = tiles.view(torch.int32)
-        if bool((bits & 0xFFFF).any()):
-            return tiles.flatten()
+        tiles = torch.empty(self._num_rows * TILE, dtype=torch.float32)
+        self.write(tiles)
+        if not self.is_bfloat16:
+            return tiles
+        bits = tiles.view(torch.int32).view(-1, TILE)
         return (bits[:, :8] >> 16 & 0xFFFF | bits[:, 8:]).flatten()
+
+
+def _pack(model: KimiModel) -> tuple[_Packer, list[list[int]], int, int]:
+    """All layers; their rows of the table, and the places of the last norm and of the head."""
+    packer = _Packer()
+    rows = [_pack_layer(cast("DecoderLayer", layer), packer) for layer in model.layers]
+    return packer, rows, packer.vector(model.norm.weight), packer.matrix(model.lm_head.weight)
 
 
 def _pack_layer(layer: DecoderLayer, packer: _Packer) -> list[int]:
@@ -300,9 +331,9 @@ def _pack_layer(layer: DecoderLayer, packer: _Packer) -> list[int]:
         _matrices(packer, w_uv_HVL),
         packer.matrix(out.flatten(1)),
         packer.matrix(mixture.gate.weight) if mixture else 0,
-        _matrices(packer, map(_tiles_in_turn, mixture.experts.gate_up_proj)) if mixture else 0,
+        packer.tiles(_tiles_in_turn(mixture.experts.gate_up_proj)) if mixture else 0,
         _matrices(packer, mixture.experts.down_proj) if mixture else 0,
-        packer.matrix(_tiles_in_turn(shared.gate_up_proj.weight)),
+        packer.tiles(_tiles_in_turn(shared.gate_up_proj.weight)),
         packer.matrix(shared.down_proj.weight),
         packer.vector(layer.input_layernorm.weight),
         packer.vector(attention.q_a_layernorm.weight),
@@ -314,16 +345,17 @@ def _pack_layer(layer: DecoderLayer, packer: _Packer) -> list[int]:
     ]
 
 
-def _matrices(packer: _Packer, weights: Iterable[Tensor]) -> int:
+def _matrices(packer: _Packer, weights_EOA: Tensor) -> int:
     """Pack matrices one behind the other; returns the place of the first."""
-    places = [packer.matrix(weight) for weight in weights]
-    return places[0]
+    weights_EOA = functional.pad(weights_EOA, (0, 0, 0, -weights_EOA.shape[1] % TILE))
+    num, _, depth = weights_EOA.shape
+    return packer.tiles(weights_EOA.view(num, -1, TILE, depth))
 
 
-def _tiles_in_turn(gate_up_2ID: Tensor) -> Tensor:
-    """Put each tile of gates before the tile of ups that belongs to it."""
-    depth = gate_up_2ID.shape[1]
-    return gate_up_2ID.view(2, -1, TILE, depth).transpose(0, 1).reshape(-1, depth)
+def _tiles_in_turn(gate_up: Tensor) -> Tensor:
+    """Each tile of gates before the tile of ups that belongs to it, for any number of experts."""
+    *experts, _, depth = gate_up.shape
+    return gate_up.view(*experts, 2, -1, TILE, depth).transpose(-4, -3)
 
 
 def _padded(width: int) -> int:

@@ -59,6 +59,9 @@ class Runner:
 
     def refresh_weights(self) -> None:
         """Prepare what is derived from the weights; to be called after they change."""
+        network = self.decode_network
+        if network is not None and network.max_rows >= self.max_running and network.refresh():
+            return
         self.close()
         if self.stream is not None:
             torch.cuda.synchronize(self.kv.device)  # they were written on another stream

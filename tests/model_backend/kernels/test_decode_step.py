@@ -91,6 +91,31 @@ def test_weights_that_bfloat16_holds_exactly_take_half_the_bytes():
     assert packed(in_bfloat16=True) * 2 == packed(in_bfloat16=False)
 
 
+def test_new_weights_are_packed_in_place_where_they_fit_as_a_new_network_packs_them():
+    model = random_model(tiny(), in_bfloat16=False)
+    kv = kv_pool(model.config.text_config, NUM_PAGES * PAGE_SIZE, model.lm_head.weight)
+
+    def network():
+        return DecodeNetwork(model, kv, page_size=PAGE_SIZE, max_rows=2)
+
+    def first_logits(of):
+        return of.step([3, 5], [0, 0], [[1], [2]]).clone()
+
+    old, before = network(), first_logits(network())
+    torch.testing.assert_close(first_logits(old), before)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    assert old.refresh()
+    assert torch.equal(first_logits(old), first_logits(network()))
+    assert not torch.equal(first_logits(old), before)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.bfloat16())
+    assert not old.refresh(), "these take half the bytes, in a new network"
+    assert not network().refresh()
+
+
 def test_other_dtypes_and_machines_without_numba_are_left_to_the_model(monkeypatch):
     model = random_model(tiny(), in_bfloat16=True)
     assert is_supported(model)
