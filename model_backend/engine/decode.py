@@ -161,8 +161,10 @@ class DecodeNetwork:
     @torch.inference_mode()
     def refresh(self) -> bool:
         """Pack the model's new weights in place of the old; whether they fit there."""
+        if self._weights.dtype != torch.float32:
+            return False
         packer, *_ = _pack(self._model)
-        if packer.is_bfloat16 or self._weights.dtype != torch.float32:
+        if packer.is_bfloat16:
             return False
         packer.write(self._weights)
         torch.cat(packer.vectors, out=self._vectors)

@@ -188,17 +188,10 @@ def lay_out(expert_ids_TK: Tensor, gate_up_E2ID: Tensor, down_EDI: Tensor) -> La
     num_choices = order_C.shape[0]
     place_C = torch.arange(num_choices, device=device)
     row_C = torch.empty_like(order_C)
-    if Mixed.fits(gate_up_E2ID, down_EDI):
+    products = _waiting_for_no_device(ends_E.int(), num_choices, gate_up_E2ID, down_EDI)
+    if products is not None:
         row_C.scatter_(0, order_C, place_C)
-        mixed = Mixed(ends_E.int(), num_choices, TileShape.of(gate_up_E2ID.dtype))
-        return Layout(order_C // num_chosen, row_C, mixed)
-    if Grouped.fits(gate_up_E2ID, down_EDI):
-        row_C.scatter_(0, order_C, place_C)
-        return Layout(order_C // num_chosen, row_C, Grouped(ends_E.int()))
-    if Tiled.fits(gate_up_E2ID, down_EDI):
-        row_C.scatter_(0, order_C, place_C)
-        tiled = Tiled(ends_E.int(), num_choices, TileShape.of(gate_up_E2ID.dtype))
-        return Layout(order_C // num_chosen, row_C, tiled)
+        return Layout(order_C // num_chosen, row_C, products)
 
     ends = ends_E.tolist()
     counts = [end - start for start, end in zip([0, *ends], ends, strict=False)]
@@ -214,6 +207,19 @@ def lay_out(expert_ids_TK: Tensor, gate_up_E2ID: Tensor, down_EDI: Tensor) -> La
         return Layout(token_R, row_C, Batched(num_experts))
     row_C.scatter_(0, order_C, place_C)
     return Layout(order_C // num_chosen, row_C, Looped(counts))
+
+
+def _waiting_for_no_device(
+    ends_E: Tensor, num_rows: int, gate_up_E2ID: Tensor, down_EDI: Tensor
+) -> Products | None:
+    """The first that can hold the matrices, of those that read on the device where experts end."""
+    if Mixed.fits(gate_up_E2ID, down_EDI):
+        return Mixed(ends_E, num_rows, TileShape.of(gate_up_E2ID.dtype))
+    if Grouped.fits(gate_up_E2ID, down_EDI):
+        return Grouped(ends_E)
+    if Tiled.fits(gate_up_E2ID, down_EDI):
+        return Tiled(ends_E, num_rows, TileShape.of(gate_up_E2ID.dtype))
+    return None
 
 
 def _combined(y_RD: Tensor, layout: Layout, num_chosen: int) -> Tensor:

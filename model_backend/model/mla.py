@@ -134,10 +134,10 @@ class FullAttention:
     def _watch(self, max_H: Tensor, q_THK: Tensor, k_THK: Tensor) -> None:
         """Raise ``max_H`` to the largest logits of the heads that may pass the floor."""
         scale = self.config.softmax_scale
-        longest_q_H, longest_k_H = (_lengths(x).amax(dim=0) for x in (q_THK, k_THK))
-        if not bool((longest_q_H * longest_k_H * scale > self.logit_floor).any()):
+        q_TH, k_TH = _lengths(q_THK), _lengths(k_THK)
+        if not bool((q_TH.amax(dim=0) * k_TH.amax(dim=0) * scale > self.logit_floor).any()):
             return
-        may_pass = self._longest(q_THK) * self._longest(k_THK, with_prefix=True) * scale
+        may_pass = self._longest(q_TH) * self._longest(k_TH, with_prefix=True) * scale
         heads_of: dict[int, list[int]] = {}
         for index, head in (may_pass > self.logit_floor).nonzero().tolist():
             heads_of.setdefault(index, []).append(head)
@@ -149,12 +149,11 @@ class FullAttention:
             found = max_causal_logits(qs[index][:, heads], k_SHK, scale)
             max_H[heads] = torch.maximum(max_H[heads], found)
 
-    def _longest(self, x_THK: Tensor, *, with_prefix: bool = False) -> Tensor:
-        """Length [segments, H], float32, of each segment's longest vector, its prefix included."""
+    def _longest(self, lengths_TH: Tensor, *, with_prefix: bool = False) -> Tensor:
+        """The largest length [segments, H] of each segment, its prefix included."""
         if self._segment_T is None:
             segments = np.repeat(np.arange(len(self.seq_lens)), self.seq_lens)
-            self._segment_T = torch.from_numpy(segments).to(x_THK.device)
-        lengths_TH = _lengths(x_THK)
+            self._segment_T = torch.from_numpy(segments).to(lengths_TH.device)
         longest_NH: Tensor = lengths_TH.new_zeros(len(self.seq_lens), lengths_TH.shape[1])
         places_TH = self._segment_T[:, None].expand_as(lengths_TH)
         longest_NH = longest_NH.scatter_reduce(0, places_TH, lengths_TH, "amax")
