@@ -349,6 +349,7 @@ async def test_a_signal_in_the_midst_of_output_tears_no_message():
             code += "while True: print('x', flush=True)"
             status, text = await run(sandbox, code)
             assert (status, text.partition("\n")[0]) == ("error", "x")
+            assert "TimeoutError" in text
         assert await run(sandbox, "print('on'); 7") == ("ok", "on\n7")
 
 
