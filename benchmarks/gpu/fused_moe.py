@@ -7,8 +7,9 @@ SGLang reads ``$SGLANG_MOE_CONFIG_DIR/configs/triton_VERSION/E=…,N=…,device_
 from numbers of tokens to tile shapes, and takes the nearest. For each number of tokens the
 candidates below are timed as a CUDA graph on the same random routing; the winners are written,
 loaded again by SGLang itself and timed once more: those are the figures that are kept. The INT4
-kernel is SGLang's Triton one (``moe_wna16``); its default for compressed tensors is Marlin, which
-has no such file.
+kernel with tile shapes is SGLang's Triton one (``moe_wna16``); beside it stands Marlin, SGLang's
+default for compressed tensors, which has no such file and is compiled for minutes at its first
+call. ``python fused_moe.py`` does only that, so that it can be done beforehand.
 """
 
 from __future__ import annotations
@@ -23,13 +24,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
+from sglang.jit_kernel.gptq_marlin_repack import gptq_marlin_repack
 from sglang.srt import server_args
+from sglang.srt.layers.moe.fused_moe_triton.fused_marlin_moe import fused_marlin_moe
 from sglang.srt.layers.moe.moe_runner.triton_utils import (
     fused_moe_triton_config,
     get_config_file_name,
     override_config,
 )
 from sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe import fused_experts_impl
+from sglang.srt.layers.quantization.marlin_utils import (
+    marlin_make_workspace,
+    marlin_moe_permute_scales,
+)
 from torch import Tensor
 from torch.nn import functional
 
@@ -157,6 +164,51 @@ class Weights:
         return name
 
 
+class Marlin:
+    """The same experts of 4 bits, laid out for SGLang's Marlin kernel."""
+
+    def __init__(self, weights: Weights) -> None:
+        self.gate_up, self.down = repacked(weights.gate_up), repacked(weights.down)
+        self.scales = [
+            marlin_moe_permute_scales(
+                weights.more[name].transpose(1, 2).contiguous(), columns, rows, GROUP
+            )
+            for name, rows, columns in (
+                ("w1_scale", 2 * INNER, HIDDEN),
+                ("w2_scale", HIDDEN, INNER),
+            )
+        ]
+        self.workspace = marlin_make_workspace(self.gate_up.device, max_blocks_per_sm=4)
+
+    def run(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        """SGLang's output [T, D]."""
+        out: Tensor = fused_marlin_moe(
+            x,
+            self.gate_up,
+            self.down,
+            *self.scales,
+            x,  # logits of the router: only their number is looked at
+            weights,
+            ids,
+            workspace=self.workspace,
+            num_bits=4,
+        )
+        return out
+
+
+def repacked(packed: Tensor) -> Tensor:
+    """Matrices [E, N, K / 2] of bytes in Marlin's layout [E, K / 16, 2 N], one by one."""
+    num_experts, rows, columns = packed.shape
+    out = torch.empty(
+        (num_experts, columns // 8, 2 * rows), dtype=torch.int32, device=packed.device
+    )
+    unsorted = torch.empty(0, dtype=torch.int32, device=packed.device)
+    for expert, matrix in enumerate(packed):
+        of_words = matrix.view(torch.int32).T.contiguous()  # [K / 8, N]
+        out[expert] = gptq_marlin_repack(of_words, unsorted, 2 * columns, rows, 4)
+    return out
+
+
 def random_bytes(*shape: int) -> Tensor:
     """Random uint8, without a wider copy."""
     return torch.empty(shape, dtype=torch.uint8, device="cuda").random_(0, 256)
@@ -200,21 +252,27 @@ def tune(bench: Bench, folder: Path, *, is_int4: bool) -> None:
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     bench.results[f"moe_configs_{label}"] = {"file": f"{version}/{path.name}", "configs": found}
     default_folder = str(Path(fused_moe_triton_config.__file__).parent)
+    ways = {"tuned": (weights.run, str(folder)), "default": (weights.run, default_folder)}
+    best = "tuned"
+    if is_int4:
+        with bench.kernel("repack for Marlin"):
+            ways["marlin"] = (Marlin(weights).run, default_folder)
+            best = "marlin"  # what `swarm serve` leaves SGLang to choose
     for num_tokens in REPORTED:
         x, shares, ids = inputs[num_tokens]
         num_hit = len(ids.unique())
         flops = num_tokens * CHOSEN * 6 * HIDDEN * INNER
         moved = num_hit * weights.bytes_per_expert + 2 * num_tokens * HIDDEN * 2
-        for name, place in (("tuned", str(folder)), ("default", default_folder)):
+        for name, (run, place) in ways.items():
             with bench.kernel(f"fused moe {label} {num_tokens} {name}"):
                 os.environ["SGLANG_MOE_CONFIG_DIR"] = place
                 fused_moe_triton_config.get_moe_configs.cache_clear()
                 few = slice(0, 8)
                 with override_config(None):
-                    out = weights.run(x, shares, ids)
+                    out = run(x, shares, ids)
                 wanted = weights.expected(x[few], shares[few], ids[few])
                 error = close(out[few], wanted, 2e-2, "output")
-                ms = graph_ms(bench, weights.run, inputs[num_tokens], None)
+                ms = graph_ms(bench, run, inputs[num_tokens], None)
                 bench.row(
                     f"fused experts of SGLang, {label}",
                     f"{num_tokens} tokens, {num_hit} experts hit",
@@ -224,9 +282,9 @@ def tune(bench: Bench, folder: Path, *, is_int4: bool) -> None:
                     gigabytes=moved / 1e9,
                     error=error,
                 )
-                if name == "tuned":
-                    suffix = "_int4" if is_int4 else ""
-                    bench.results[f"moe_floor_share{suffix}_{num_tokens}"] = bench.rows[-1]["share"]
+                key = f"moe_floor_share{'_int4' if is_int4 else ''}_{num_tokens}"
+                if name == best:
+                    bench.results[key] = bench.rows[-1]["share"]
         bench.keep()
 
 
@@ -248,3 +306,20 @@ def graph_ms(
         with torch.cuda.graph(graph, stream=stream):
             run(*arguments)
         return bench.ms(graph.replay, limit_s=0.1)
+
+
+def compile_marlin() -> None:
+    """One call at tiny shapes, for what it leaves in SGLang's cache of compiled kernels."""
+    packed = [random_bytes(2, 256, 64), random_bytes(2, 128, 64)]
+    scales = [torch.ones(2, 128 // GROUP, rows, dtype=torch.bfloat16).cuda() for rows in (256, 128)]
+    x = torch.ones(1, 128, dtype=torch.bfloat16, device="cuda")
+    ids = torch.zeros(1, 1, dtype=torch.int32, device="cuda")
+    gate_up, down = (repacked(one) for one in packed)
+    fused_marlin_moe(x, gate_up, down, *scales, x, torch.ones(1, 1).cuda(), ids, num_bits=4)
+    torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    started_s = time.perf_counter()
+    compile_marlin()
+    print(f"Marlin was compiled in {time.perf_counter() - started_s:.0f} s")
