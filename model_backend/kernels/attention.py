@@ -6,8 +6,9 @@
 Each sequence's queries are the last of its keys (``is_causal``), or see all of them. The kernels
 take the lengths as numbers on the device, so no new shape costs a new plan: PyTorch's own choice
 for bfloat16 on Hopper is cuDNN, which plans anew for every length and made steps of many short
-sequences 10 times as long. Half precision runs FlashAttention-2, float32 the kernel of
-"memory-efficient" attention; both are differentiable.
+sequences 10 times as long. Half precision runs FlashAttention-2 or, if ``IS_TILED``, kernels of
+ours (``tiled_attention.py``), float32 the kernel of "memory-efficient" attention; all are
+differentiable.
 """
 
 # Shapes: T = packed queries, S = packed keys, H = heads, K = width of a key, V = of a value,
@@ -26,8 +27,8 @@ from torch.nn import functional
 from swarm_sdk.model_backend.kernels import tiled_attention as tiled
 from swarm_sdk.model_backend.kernels.tiled_attention import Tiles, Work
 
-TILES: Tiles | None = None
-"""How half precision is cut for our own kernels; ``None`` runs FlashAttention-2 instead."""
+IS_TILED: bool = False
+"""Whether half precision runs our own kernels where they fit, or FlashAttention-2."""
 CAUSAL_FROM_THE_END = 2
 """Name of the mask in PyTorch's memory-efficient kernel: the last query sees the last key."""
 
@@ -121,10 +122,8 @@ def packed_attention(
     if torch.is_autocast_enabled(q_THK.device.type):
         dtype = torch.get_autocast_dtype(q_THK.device.type)
         q_THK, k_THK, v_THV = q_THK.to(dtype), k_THK.to(dtype), v_THV.to(dtype)
-    if TILES is not None and tiled.fits(q_THK, k_THK, v_THV):
-        return tiled_attention(
-            q_THK, k_THK, v_THV, packing, scale=scale, is_causal=is_causal, tiles=TILES
-        )
+    if IS_TILED and tiled.fits(q_THK, k_THK, v_THV):
+        return tiled_attention(q_THK, k_THK, v_THV, packing, scale=scale, is_causal=is_causal)
     k_SHK, v_SHV = keys_of(k_THK, packing), keys_of(v_THV, packing)
     if q_THK.dtype == torch.float32:
         return efficient_attention(q_THK, k_SHK, v_SHV, packing, scale=scale, is_causal=is_causal)
@@ -143,13 +142,7 @@ def tiled_attention(
 ) -> Tensor:
     """Our own kernels: keys of prefixes are read where they lie, values keep their width."""
     return tiled.attend(
-        q_THK,
-        k_THK,
-        v_THV,
-        packing.work,
-        scale=scale,
-        is_causal=is_causal,
-        tiles=tiles or Tiles(),
+        q_THK, k_THK, v_THV, packing.work, scale=scale, is_causal=is_causal, tiles=tiles
     )
 
 

@@ -1,10 +1,10 @@
 """The kernels of ``tiled_attention.py``; importing this needs Triton.
 
-One program makes one tile of one head. Inputs are read by tiles of rows of [T, H * K]: a tile may
-reach into the next sequence's rows, and past the last token it is zeros. A width is held in two
-parts that are powers of two, 192 = 128 + 64, the second of which may be absent. Where the parts are
-wider than a head, the columns of the next head are zeroed in the factor that stays through the
-loop. Masks are in loops of their own, so that most blocks have none.
+One program makes one tile of one head. What stays through its loop is read once, zeros outside the
+sequence and the head; what goes by is read by Hopper's copies of tiles of [T, H * K], which may
+reach into the next sequence's rows and, where parts are wider than a head, into the next head. A
+width is held in two parts that are powers of two, 192 = 128 + 64, the second of which may be
+absent. Masks are in loops of their own, so that most blocks have none.
 """
 
 # Shapes: Q = queries of a block, S = keys of a block.
@@ -21,9 +21,9 @@ import triton.language as tl
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def forward(
-    q0_tiles, q1_tiles, k0_tiles, k1_tiles, v0_tiles, v1_tiles, out, log_sums, tiles,
+    q, k0_tiles, k1_tiles, v0_tiles, v1_tiles, out, log_sums, tiles,
     num_tokens, num_heads, scale,
     HAS_PREFIX: tl.constexpr, IS_CAUSAL: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     K: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr,
@@ -34,8 +34,7 @@ def forward(
     tiles += tl.program_id(0) * 5
     row, end, own = tl.load(tiles), tl.load(tiles + 1), tl.load(tiles + 2)
     rows_Q = row + tl.arange(0, QUERIES)
-    q0, q1 = _parts(q0_tiles, q1_tiles, row, head, K, K0, K1)
-    q0, q1 = _own_columns(q0, 0, K, K0), _own_columns(q1, K0, K, K1)
+    q0, q1 = _load(q, row, end, head, num_heads, QUERIES, K, K0, K1)
     factor = scale * LOG2_E
     most_Q = tl.full([QUERIES], float("-inf"), tl.float32)
     total_Q = tl.zeros([QUERIES], tl.float32)
@@ -60,17 +59,18 @@ def forward(
             out0 = tl.dot(near_QS, v0, out0 * shrink_Q[:, None])
             if V1:
                 out1 = tl.dot(near_QS, v1, out1 * shrink_Q[:, None])
+    row = tl.load(tiles, volatile=True)  # again, so that no addresses are held through the loop
+    rows_Q = row + tl.arange(0, QUERIES)
     places = log_sums + head.to(tl.int64) * num_tokens + rows_Q
     tl.store(places, most_Q + tl.log2(total_Q), mask=rows_Q < end)
-    _store(out, out0 / total_Q[:, None], row, end, head, num_heads, 0, V, QUERIES, V0)
+    _store(out, out0 / total_Q[:, None], row, end, head, num_heads, 0, QUERIES, V, V0)
     if V1:
-        _store(out, out1 / total_Q[:, None], row, end, head, num_heads, V0, V, QUERIES, V1)
+        _store(out, out1 / total_Q[:, None], row, end, head, num_heads, V0, QUERIES, V, V1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def backward_queries(
-    q0_tiles, q1_tiles, k0_tiles, k1_tiles, v0_tiles, v1_tiles,
-    out0_tiles, out1_tiles, d_out0_tiles, d_out1_tiles, d_q, log_sums, deltas, tiles,
+    q, k0_tiles, k1_tiles, v0_tiles, v1_tiles, out, d_out, d_q, log_sums, deltas, tiles,
     num_tokens, num_heads, scale,
     HAS_PREFIX: tl.constexpr, IS_CAUSAL: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     K: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr,
@@ -82,16 +82,14 @@ def backward_queries(
     row, end, own = tl.load(tiles), tl.load(tiles + 1), tl.load(tiles + 2)
     rows_Q = row + tl.arange(0, QUERIES)
     places = head.to(tl.int64) * num_tokens + rows_Q
-    d_out0, d_out1 = _parts(d_out0_tiles, d_out1_tiles, row, head, V, V0, V1)
-    d_out0, d_out1 = _own_columns(d_out0, 0, V, V0), _own_columns(d_out1, V0, V, V1)
-    out0, out1 = _parts(out0_tiles, out1_tiles, row, head, V, V0, V1)
+    log_sum_Q = tl.load(log_sums + places, mask=rows_Q < end, other=float("inf"))
+    q0, q1 = _load(q, row, end, head, num_heads, QUERIES, K, K0, K1)
+    d_out0, d_out1 = _load(d_out, row, end, head, num_heads, QUERIES, V, V0, V1)
+    out0, out1 = _load(out, row, end, head, num_heads, QUERIES, V, V0, V1)
     delta_Q = tl.sum(out0.to(tl.float32) * d_out0.to(tl.float32), 1)
     if V1:
         delta_Q += tl.sum(out1.to(tl.float32) * d_out1.to(tl.float32), 1)
     tl.store(deltas + places, delta_Q, mask=rows_Q < end)
-    log_sum_Q = tl.load(log_sums + places, mask=rows_Q < end, other=float("inf"))
-    q0, q1 = _parts(q0_tiles, q1_tiles, row, head, K, K0, K1)
-    q0, q1 = _own_columns(q0, 0, K, K0), _own_columns(q1, K0, K, K1)
     factor = scale * LOG2_E
     d_q0 = tl.zeros([QUERIES, K0], tl.float32)
     if K1:
@@ -111,23 +109,23 @@ def backward_queries(
             d_q0 = tl.dot(d_logits_QS, k0, d_q0)
             if K1:
                 d_q1 = tl.dot(d_logits_QS, k1, d_q1)
-    _store(d_q, d_q0 * scale, row, end, head, num_heads, 0, K, QUERIES, K0)
+    row = tl.load(tiles, volatile=True)  # again, so that no addresses are held through the loop
+    _store(d_q, d_q0 * scale, row, end, head, num_heads, 0, QUERIES, K, K0)
     if K1:
-        _store(d_q, d_q1 * scale, row, end, head, num_heads, K0, K, QUERIES, K1)
+        _store(d_q, d_q1 * scale, row, end, head, num_heads, K0, QUERIES, K, K1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def backward_keys(
-    q0_tiles, q1_tiles, k0_tiles, k1_tiles, v0_tiles, v1_tiles, d_out0_tiles, d_out1_tiles,
-    d_k, d_v, log_sums, deltas, tiles, ranges, num_tokens, num_heads, scale,
+    q0_tiles, q1_tiles, k, v, d_out0_tiles, d_out1_tiles, d_k, d_v, log_sums, deltas,
+    tiles, ranges, num_tokens, num_heads, scale,
     IS_CAUSAL: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     K: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr,
     V: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
 ):  # fmt: skip
     """The gradients of a tile of keys and of its values: sums over the queries that see them.
 
-    Queries past a range are left out by an infinite log sum. Keys past the sequence's end are
-    computed and not stored.
+    Queries past a range are left out by an infinite log sum.
     """
     head = tl.program_id(1)
     tiles += tl.program_id(0) * 4
@@ -136,10 +134,8 @@ def backward_keys(
     log_sums += head.to(tl.int64) * num_tokens
     deltas += head.to(tl.int64) * num_tokens
     keys_S = row + tl.arange(0, KEYS)
-    k0, k1 = _parts(k0_tiles, k1_tiles, row, head, K, K0, K1)
-    k0, k1 = _own_columns(k0, 0, K, K0), _own_columns(k1, K0, K, K1)
-    v0, v1 = _parts(v0_tiles, v1_tiles, row, head, V, V0, V1)
-    v0, v1 = _own_columns(v0, 0, V, V0), _own_columns(v1, V0, V, V1)
+    k0, k1 = _load(k, row, end, head, num_heads, KEYS, K, K0, K1)
+    v0, v1 = _load(v, row, end, head, num_heads, KEYS, V, V0, V1)
     factor = scale * LOG2_E
     d_k0 = tl.zeros([KEYS, K0], tl.float32)
     d_v0 = tl.zeros([KEYS, V0], tl.float32)
@@ -150,25 +146,23 @@ def backward_keys(
     # The diagonal: queries from the first key on, where not all of them see all keys.
     whole = row + tl.cdiv(KEYS, QUERIES) * QUERIES
     for phase in tl.static_range(0 if IS_CAUSAL else 1, 2):
-        num_ranges = last_range - first_range if phase else 1
-        for one in range(num_ranges):
-            start = tl.load(ranges + 2 * (first_range + one))
-            stop = tl.load(ranges + 2 * (first_range + one) + 1)
+        for one in range(first_range, last_range if phase else first_range + 1):
+            start = tl.load(ranges + 2 * one)
+            end_of_range = tl.load(ranges + 2 * one + 1)
+            stop = end_of_range
             if not phase:
                 start = row
                 stop = tl.minimum(stop, whole)
             elif IS_CAUSAL:
                 start = tl.where(start <= row, whole, start)
-            reach = tl.load(ranges + 2 * (first_range + one) + 1)
             for query in range(start, stop, QUERIES):
                 rows_Q = query + tl.arange(0, QUERIES)
                 q0, q1 = _parts(q0_tiles, q1_tiles, query, head, K, K0, K1)
                 d_out0, d_out1 = _parts(d_out0_tiles, d_out1_tiles, query, head, V, V0, V1)
-                is_in_Q = rows_Q < reach
-                log_sum_Q = tl.load(log_sums + rows_Q, mask=is_in_Q, other=float("inf"))
-                delta_Q = tl.load(deltas + rows_Q, mask=is_in_Q, other=0.0)
+                # Each number is asked for as late as can be: registers are what this kernel lacks.
                 logits_SQ = _products(k0, k1, q0, q1, K1)
-                d_weights_SQ = _products(v0, v1, d_out0, d_out1, V1)
+                is_in_Q = rows_Q < end_of_range
+                log_sum_Q = tl.load(log_sums + rows_Q, mask=is_in_Q, other=float("inf"))
                 weights_SQ = tl.exp2(logits_SQ * factor - log_sum_Q[None, :])
                 if not phase:
                     is_seen_SQ = keys_S[:, None] <= rows_Q[None, :]
@@ -177,16 +171,19 @@ def backward_keys(
                 d_v0 = tl.dot(near_SQ, d_out0, d_v0)
                 if V1:
                     d_v1 = tl.dot(near_SQ, d_out1, d_v1)
+                d_weights_SQ = _products(v0, v1, d_out0, d_out1, V1)
+                delta_Q = tl.load(deltas + rows_Q, mask=is_in_Q, other=0.0)
                 d_logits_SQ = (weights_SQ * (d_weights_SQ - delta_Q[None, :])).to(q0.dtype)
                 d_k0 = tl.dot(d_logits_SQ, q0, d_k0)
                 if K1:
                     d_k1 = tl.dot(d_logits_SQ, q1, d_k1)
-    _store(d_k, d_k0 * scale, row, end, head, num_heads, 0, K, KEYS, K0)
-    _store(d_v, d_v0, row, end, head, num_heads, 0, V, KEYS, V0)
+    row = tl.load(tiles, volatile=True)  # again, so that no addresses are held through the loop
+    _store(d_k, d_k0 * scale, row, end, head, num_heads, 0, KEYS, K, K0)
+    _store(d_v, d_v0, row, end, head, num_heads, 0, KEYS, V, V0)
     if K1:
-        _store(d_k, d_k1 * scale, row, end, head, num_heads, K0, K, KEYS, K1)
+        _store(d_k, d_k1 * scale, row, end, head, num_heads, K0, KEYS, K, K1)
     if V1:
-        _store(d_v, d_v1, row, end, head, num_heads, V0, V, KEYS, V1)
+        _store(d_v, d_v1, row, end, head, num_heads, V0, KEYS, V, V1)
 
 
 @triton.jit
@@ -241,12 +238,18 @@ def _parts(
 
 
 @triton.jit
-def _own_columns(x, FIRST: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr):
-    """A part that begins at column FIRST of a head; columns past the head are zeros."""
-    if PART > 0 and FIRST + PART > WIDTH:
-        is_own = FIRST + tl.arange(0, PART) < WIDTH
-        x = tl.where(is_own[None, :], x, tl.zeros_like(x))
-    return x
+def _load(
+    x, row, end, head, num_heads, ROWS: tl.constexpr,
+    WIDTH: tl.constexpr, WIDTH0: tl.constexpr, WIDTH1: tl.constexpr,
+):  # fmt: skip
+    """Both parts of a head's rows, zeros outside the sequence and the head."""
+    places, inside = _places(row, end, head, num_heads, 0, ROWS, WIDTH, WIDTH0)
+    x0 = tl.load(x + places, mask=inside, other=0.0)
+    x1 = x0
+    if WIDTH1:
+        places, inside = _places(row, end, head, num_heads, WIDTH0, ROWS, WIDTH, WIDTH1)
+        x1 = tl.load(x + places, mask=inside, other=0.0)
+    return x0, x1
 
 
 @triton.jit
@@ -261,11 +264,21 @@ def _products(a0, a1, b0, b1, HAS_TWO: tl.constexpr):
 @triton.jit
 def _store(
     out, x, row, end, head, num_heads,
-    FIRST: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr,
+    FIRST: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """Write a part of a head's rows, from column FIRST."""
+    places, inside = _places(row, end, head, num_heads, FIRST, ROWS, WIDTH, PART)
+    tl.store(out + places, x.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _places(
+    row, end, head, num_heads,
+    FIRST: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """Where a part of a head's rows lies, and what of it belongs to the sequence and the head."""
     rows = row + tl.arange(0, ROWS)
     columns = FIRST + tl.arange(0, PART)
     inside = (rows[:, None] < end) & (columns[None, :] < WIDTH)
     places = (rows.to(tl.int64) * num_heads + head)[:, None] * WIDTH + columns[None, :]
-    tl.store(out + places, x.to(out.dtype.element_ty), mask=inside)
+    return places, inside

@@ -49,16 +49,30 @@ class Tile:
 class Tiles:
     """How the three kernels cut theirs."""
 
-    forward: Tile = Tile(128, 128, 8, 2)
-    backward_queries: Tile = Tile(128, 64, 8, 2)
-    backward_keys: Tile = Tile(64, 128, 8, 2)
+    forward: Tile
+    backward_queries: Tile
+    backward_keys: Tile
+
+    @staticmethod
+    def of(width: int) -> Tiles:
+        """Shapes for keys of ``width`` that fit the registers."""
+        return NARROW if width <= WIDEST_NARROW else WIDE
 
     def __str__(self) -> str:
         return f"{self.forward}, dq {self.backward_queries}, dkv {self.backward_keys}"
 
 
+WIDE = Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2))
+NARROW = Tiles(Tile(128, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 3))
+WIDEST_NARROW = 96
+"""Widest keys for which small tiles are taken, several programs a processor; ours."""
+
+
 class Work:
-    """Lists of tiles of packed sequences, made once for each size of tile."""
+    """Lists of tiles of packed sequences, made once for each size of tile.
+
+    ``prefix_of`` names earlier sequences, as in ``Packing.of``.
+    """
 
     def __init__(
         self, seq_lens: Sequence[int], prefix_of: Sequence[int | None], device: torch.device
@@ -160,10 +174,13 @@ def attend(
     *,
     scale: float,
     is_causal: bool,
-    tiles: Tiles,
+    tiles: Tiles | None = None,
 ) -> Tensor:
     """Attention output [T, H, V]; differentiable."""
-    out_THV: Tensor = _Attention.apply(q_THK, k_THK, v_THV, work, scale, is_causal, tiles)
+    tiles = tiles or Tiles.of(q_THK.shape[-1])
+    out_THV: Tensor = _Attention.apply(  # type: ignore[no-untyped-call]
+        q_THK, k_THK, v_THV, work, scale, is_causal, tiles
+    )
     return out_THV
 
 
@@ -186,7 +203,7 @@ class _Attention(torch.autograd.Function):
         tile = tiles.forward
         list_of_tiles = work.of_queries(tile.queries)
         _kernel("forward")[len(list_of_tiles), num_heads](
-            *_by_tiles(tile.queries, q_THK),
+            q_THK,
             *_by_tiles(tile.keys, k_THK, v_THV),
             out_THV,
             log_sums_HT,
@@ -213,9 +230,10 @@ class _Attention(torch.autograd.Function):
         tile = tiles.backward_queries
         list_of_tiles = work.of_queries(tile.queries)
         _kernel("backward_queries")[len(list_of_tiles), num_heads](
-            *_by_tiles(tile.queries, q_THK),
+            q_THK,
             *_by_tiles(tile.keys, k_THK, v_THV),
-            *_by_tiles(tile.queries, out_THV, d_out_THV),
+            out_THV,
+            d_out_THV,
             d_q_THK,
             log_sums_HT,
             deltas_HT,
@@ -231,7 +249,8 @@ class _Attention(torch.autograd.Function):
         list_of_tiles = work.of_keys(tile.keys)
         _kernel("backward_keys")[len(list_of_tiles), num_heads](
             *_by_tiles(tile.queries, q_THK),
-            *_by_tiles(tile.keys, k_THK, v_THV),
+            k_THK,
+            v_THV,
             *_by_tiles(tile.queries, d_out_THV),
             d_k_THK,
             d_v_THV,
