@@ -143,28 +143,35 @@ def backward_keys(
         d_k1 = tl.zeros([KEYS, K1], tl.float32)
     if V1:
         d_v1 = tl.zeros([KEYS, V1], tl.float32)
-    # The diagonal: queries from the first key on, where not all of them see all keys.
+    # First the diagonal, where not every query sees every key; then whole blocks; then the rests.
     whole = row + tl.cdiv(KEYS, QUERIES) * QUERIES
-    for phase in tl.static_range(0 if IS_CAUSAL else 1, 2):
+    for phase in tl.static_range(0 if IS_CAUSAL else 1, 3):
         for one in range(first_range, last_range if phase else first_range + 1):
             start = tl.load(ranges + 2 * one)
             end_of_range = tl.load(ranges + 2 * one + 1)
-            stop = end_of_range
-            if not phase:
+            if phase == 0:
                 start = row
-                stop = tl.minimum(stop, whole)
-            elif IS_CAUSAL:
-                start = tl.where(start <= row, whole, start)
+                stop = tl.minimum(whole, end_of_range)
+            else:
+                if IS_CAUSAL:
+                    start = tl.where(start <= row, whole, start)
+                stop = start + tl.maximum(end_of_range - start, 0) // QUERIES * QUERIES
+            if phase == 2:
+                start = stop
+                stop = end_of_range
             for query in range(start, stop, QUERIES):
                 rows_Q = query + tl.arange(0, QUERIES)
                 q0, q1 = _parts(q0_tiles, q1_tiles, query, head, K, K0, K1)
                 d_out0, d_out1 = _parts(d_out0_tiles, d_out1_tiles, query, head, V, V0, V1)
                 # Each number is asked for as late as can be: registers are what this kernel lacks.
                 logits_SQ = _products(k0, k1, q0, q1, K1)
-                is_in_Q = rows_Q < end_of_range
-                log_sum_Q = tl.load(log_sums + rows_Q, mask=is_in_Q, other=float("inf"))
+                if phase == 1:
+                    log_sum_Q = tl.load(log_sums + rows_Q)
+                else:
+                    is_in_Q = rows_Q < end_of_range
+                    log_sum_Q = tl.load(log_sums + rows_Q, mask=is_in_Q, other=float("inf"))
                 weights_SQ = tl.exp2(logits_SQ * factor - log_sum_Q[None, :])
-                if not phase:
+                if phase == 0:
                     is_seen_SQ = keys_S[:, None] <= rows_Q[None, :]
                     weights_SQ = tl.where(is_seen_SQ, weights_SQ, 0.0)
                 near_SQ = weights_SQ.to(d_out0.dtype)
@@ -172,7 +179,10 @@ def backward_keys(
                 if V1:
                     d_v1 = tl.dot(near_SQ, d_out1, d_v1)
                 d_weights_SQ = _products(v0, v1, d_out0, d_out1, V1)
-                delta_Q = tl.load(deltas + rows_Q, mask=is_in_Q, other=0.0)
+                if phase == 1:
+                    delta_Q = tl.load(deltas + rows_Q)
+                else:
+                    delta_Q = tl.load(deltas + rows_Q, mask=is_in_Q, other=0.0)
                 d_logits_SQ = (weights_SQ * (d_weights_SQ - delta_Q[None, :])).to(q0.dtype)
                 d_k0 = tl.dot(d_logits_SQ, q0, d_k0)
                 if K1:
