@@ -46,6 +46,7 @@ from torch.utils.checkpoint import checkpoint  # noqa: E402
 from swarm_sdk.model_backend.kernels import attention, experts, fused, logprob, router  # noqa: E402
 from swarm_sdk.model_backend.kernels.attention import Packing  # noqa: E402
 from swarm_sdk.model_backend.kernels.grouped import Grouped, Mixed, Tiled, TileShape  # noqa: E402
+from swarm_sdk.model_backend.kernels.tiled_attention import WIDE, Tile, Tiles  # noqa: E402
 
 BF16 = torch.bfloat16
 HIDDEN, INNER, CHOSEN, VOCABULARY = 7168, 2048, 8, 163_840
@@ -56,6 +57,12 @@ TILE_SHAPES = (
     TileShape(128, 256, 64, 8, 4),
     TileShape(128, 128, 64, 8, 4),
     TileShape(128, 128, 64, 4, 4),
+)
+ATTENTION_TILES = (  # for keys 192 and values 128 wide, beside the default
+    Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 2)),
+    Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(32, 64, 4, 2)),
+    Tiles(Tile(128, 64, 8, 2), Tile(128, 32, 8, 3), Tile(64, 64, 8, 2)),
+    Tiles(Tile(64, 128, 4, 2), Tile(128, 32, 8, 4), Tile(32, 128, 8, 3)),
 )
 
 
@@ -602,7 +609,7 @@ def compare_attention(
     *,
     is_causal: bool,
 ) -> None:
-    """Forward and backward by every candidate."""
+    """Forward and backward by every candidate; gradients are checked too, of two heads."""
     num_tokens = sum(lengths)
     before = prefix_of or [None] * len(lengths)
     q, k = (bench.normal(num_tokens, heads, width).requires_grad_() for _ in range(2))
@@ -616,9 +623,10 @@ def compare_attention(
     )
     flops = 3.5 * 2 * pairs * heads * (width + value_width)
 
-    def one_by_one(backends: list[SDPBackend]) -> Callable[..., Tensor]:
+    def one_by_one(backends: list[SDPBackend], *, pads: bool = True) -> Callable[..., Tensor]:
         def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            v = functional.pad(v, (0, width - value_width))
+            if pads:
+                v = functional.pad(v, (0, width - value_width))
             qs, ks, vs = (x.split(lengths) for x in (q, k, v))
             outs = []
             with sdpa_kernel(backends):
@@ -649,6 +657,14 @@ def compare_attention(
 
         return run
 
+    def ours(tiles: Tiles | None) -> Callable[..., Tensor]:
+        def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return attention.tiled_attention(
+                q, k, v, packing, scale=scale, is_causal=is_causal, tiles=tiles
+            )
+
+        return run
+
     everything = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
     everything += [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     candidates: dict[str, Callable[..., Tensor]] = {"sdpa one by one": one_by_one(everything)}
@@ -658,26 +674,42 @@ def compare_attention(
             "efficient, packed": packed(attention.efficient_attention),
             "sdpa one by one, no cudnn": one_by_one(everything[1:]),
             "sdpa one by one": one_by_one(everything),
+            "ours": ours(None),
         }
+        for tiles in (ATTENTION_TILES if width > 128 else [WIDE])[: 1 if bench.is_quick else None]:
+            candidates[f"ours, {tiles}"] = ours(tiles)
         if not bench.is_quick:  # it compiles for half a minute
             flex = flex_attention(bench, lengths, before, scale, is_causal=is_causal)
             candidates["flex"] = flex
+        if prefix_of is None and width != value_width:
+            candidates["cudnn one by one, values as they are"] = one_by_one(
+                [SDPBackend.CUDNN_ATTENTION], pads=False
+            )
+        if prefix_of is None:
+            candidates["cudnn, packed"] = packed(cudnn_attention)
     wanted = None
-    with torch.no_grad(), bench.kernel(f"attention {name} reference"):
-        wanted = attention.packed_attention_reference(
-            *(x[:, :2].float() for x in (q, k, v)), packing, scale=scale, is_causal=is_causal
+    with bench.kernel(f"attention {name} reference"):
+        exact = [x.detach()[:, :2].float().requires_grad_() for x in (q, k, v)]
+        out = attention.packed_attention_reference(
+            *exact, packing, scale=scale, is_causal=is_causal
         )
+        wanted = (out.detach(), *torch.autograd.grad(out, exact, direction[:, :2].float()))
+        del out
     for candidate, run in candidates.items():
         with bench.kernel(f"attention {name} {candidate}"):
             started_s = time.perf_counter()
             found = run(q, k, v)
-            torch.autograd.grad(found, (q, k, v), direction)
+            gradients = torch.autograd.grad(found, (q, k, v), direction)
             if bench.device == "cuda":
                 torch.cuda.synchronize()
             first_s = time.perf_counter() - started_s
             assert wanted is not None, "there is no reference to compare with"
-            error = close(found[:, :2], wanted, 2e-2, "output")
-            del found
+            error = close(found[:, :2].detach(), wanted[0], 2e-2, "output")
+            errors = {
+                one: close(gradient[:, :2], truth, 3e-2, f"gradient of {one}")
+                for one, gradient, truth in zip("qkv", gradients, wanted[1:], strict=True)
+            }
+            del found, gradients
 
             def step(run: Callable[..., Tensor] = run) -> None:
                 torch.autograd.grad(run(q, k, v), (q, k, v), direction)
@@ -690,7 +722,31 @@ def compare_attention(
                 flops=flops,
                 error=error,
                 first_call_s=first_s,
+                gradient_errors=errors,
+                **({"kernels": profile(bench, step)[:6]} if candidate.startswith("ours") else {}),
             )
+
+
+def cudnn_attention(
+    q: Tensor, k: Tensor, v: Tensor, packing: Packing, *, scale: float, is_causal: bool
+) -> Tensor:
+    """Packed sequences by cuDNN; keys lie as queries do."""
+    out: Tensor = torch.ops.aten._cudnn_attention_forward(  # noqa: SLF001
+        q,
+        k,
+        v,
+        None,
+        packing.q_ends,
+        packing.k_ends,
+        packing.max_q,
+        packing.max_k,
+        True,  # noqa: FBT003
+        0.0,
+        is_causal,
+        False,  # noqa: FBT003
+        scale=scale,
+    )[0]
+    return out
 
 
 def flex_attention(

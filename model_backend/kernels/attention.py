@@ -6,8 +6,9 @@
 Each sequence's queries are the last of its keys (``is_causal``), or see all of them. The kernels
 take the lengths as numbers on the device, so no new shape costs a new plan: PyTorch's own choice
 for bfloat16 on Hopper is cuDNN, which plans anew for every length and made steps of many short
-sequences 10 times as long. Half precision runs FlashAttention-2, float32 the kernel of
-"memory-efficient" attention; both are differentiable.
+sequences 10 times as long. Half precision runs FlashAttention-2 or, if ``IS_TILED``, kernels of
+ours (``tiled_attention.py``), float32 the kernel of "memory-efficient" attention; all are
+differentiable.
 """
 
 # Shapes: T = packed queries, S = packed keys, H = heads, K = width of a key, V = of a value,
@@ -23,6 +24,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from swarm_sdk.model_backend.kernels import tiled_attention as tiled
+from swarm_sdk.model_backend.kernels.tiled_attention import Tiles, Work
+
+IS_TILED: bool = False
+"""Whether half precision runs our own kernels where they fit, or FlashAttention-2."""
 CAUSAL_FROM_THE_END = 2
 """Name of the mask in PyTorch's memory-efficient kernel: the last query sees the last key."""
 
@@ -39,6 +45,8 @@ class Packing:
     """Packed token of each key; ``None`` where keys lie as the queries do."""
     max_q: int
     max_k: int
+    work: Work
+    """What our own kernels go through."""
 
     @classmethod
     def of(
@@ -53,9 +61,10 @@ class Packing:
             ends.append(ends[-1] + length)
         q_ends = torch.tensor(ends, dtype=torch.int32)
         longest = max(seq_lens)
+        work = Work(seq_lens, prefix_of, device)
         if not any(before is not None for before in prefix_of):
             moved = q_ends.to(device, non_blocking=True)
-            return cls(moved, moved, None, longest, longest)
+            return cls(moved, moved, None, longest, longest, work)
         pieces: list[np.ndarray] = []
         lengths = [0]
         for index, before in enumerate(prefix_of):
@@ -68,6 +77,7 @@ class Packing:
             torch.from_numpy(np.concatenate(pieces)).to(device, non_blocking=True),
             longest,
             max(lengths),
+            work,
         )
 
 
@@ -112,10 +122,28 @@ def packed_attention(
     if torch.is_autocast_enabled(q_THK.device.type):
         dtype = torch.get_autocast_dtype(q_THK.device.type)
         q_THK, k_THK, v_THV = q_THK.to(dtype), k_THK.to(dtype), v_THV.to(dtype)
+    if IS_TILED and tiled.fits(q_THK, k_THK, v_THV):
+        return tiled_attention(q_THK, k_THK, v_THV, packing, scale=scale, is_causal=is_causal)
     k_SHK, v_SHV = keys_of(k_THK, packing), keys_of(v_THV, packing)
     if q_THK.dtype == torch.float32:
         return efficient_attention(q_THK, k_SHK, v_SHV, packing, scale=scale, is_causal=is_causal)
     return flash_attention(q_THK, k_SHK, v_SHV, packing, scale=scale, is_causal=is_causal)
+
+
+def tiled_attention(
+    q_THK: Tensor,
+    k_THK: Tensor,
+    v_THV: Tensor,
+    packing: Packing,
+    *,
+    scale: float,
+    is_causal: bool,
+    tiles: Tiles | None = None,
+) -> Tensor:
+    """Our own kernels: keys of prefixes are read where they lie, values keep their width."""
+    return tiled.attend(
+        q_THK, k_THK, v_THV, packing.work, scale=scale, is_causal=is_causal, tiles=tiles
+    )
 
 
 def flash_attention(

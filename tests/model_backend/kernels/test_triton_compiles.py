@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from swarm_sdk.model_backend.kernels.tiled_attention import Tiles, parts_of
+
 pytest.importorskip("triton")
 
 COMPILE = """
@@ -19,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 HOPPER = GPUTarget("cuda", 90, 32)
-found = {}
+found = []
 for place, told, constants, options in json.loads(sys.stdin.read()):
     module, name = place.split(".")
     kernel = getattr(importlib.import_module(f"swarm_sdk.model_backend.kernels.{module}"), name)
@@ -33,8 +35,8 @@ for place, told, constants, options in json.loads(sys.stdin.read()):
     }
     source = ASTSource(kernel, kinds, constexprs=values, attrs=whole)
     made = triton.compile(source, target=HOPPER, options=options)
-    found[place] = {"shared": made.metadata.shared, "ptx": made.asm["ptx"]}
-for one in found.values():
+    found.append({"place": place, "shared": made.metadata.shared, "ptx": made.asm["ptx"]})
+for one in found:
     ptx = one.pop("ptx")
     one["words"] = [word for word in ("wgmma", "cp.async.bulk.tensor", "mma.sync") if word in ptx]
 print(json.dumps(found))
@@ -88,6 +90,37 @@ KERNELS = [
 """Module and name, types of the arguments, compile-time values, options."""
 
 
+def attention_kernels(width, value_width, *, is_causal, has_prefix):
+    """The three of packed attention with the tiles of these widths."""
+    (k0, k1), (v0, v1) = parts_of(width), parts_of(value_width)
+    widths = {"K": width, "K0": k0, "K1": k1, "V": value_width, "V0": v0, "V1": v1}
+    tiles = Tiles.of(width)
+    for name, given, streams, has in (
+        ("forward", "q out", "k v", {"HAS_PREFIX": has_prefix}),
+        ("backward_queries", "q out d_out d_q", "k v", {"HAS_PREFIX": has_prefix}),
+        ("backward_keys", "k v d_k d_v", "q d_out", {}),
+    ):
+        tile = getattr(tiles, name)
+        rows = tile.queries if name == "backward_keys" else tile.keys
+        told = [f"{one}=*bf16" for one in given.split()]
+        for one in streams.split():
+            first, second = parts_of(width if one in "qk" else value_width)
+            told += [f"{one}0_tiles=tensordesc<bf16[{rows},{first}]>"]
+            told += [f"{one}1_tiles=tensordesc<bf16[{rows},{second or first}]>"]
+        told += ["log_sums=*fp32", "deltas=*fp32", "tiles=*i32", "ranges=*i32"]
+        told += ["num_tokens=i32", "num_heads=i32", "scale=fp32"]
+        sizes = {"QUERIES": tile.queries, "KEYS": tile.keys, "IS_CAUSAL": is_causal}
+        options = {"num_warps": tile.warps, "num_stages": tile.stages}
+        yield f"attention_triton.{name}", " ".join(told), sizes | has | widths, options
+
+
+KERNELS += [
+    *attention_kernels(192, 128, is_causal=True, has_prefix=True),
+    *attention_kernels(64, 32, is_causal=True, has_prefix=True),
+    *attention_kernels(72, 72, is_causal=False, has_prefix=False),
+]
+
+
 def test_kernels_compile_for_hopper_and_fit_its_shared_memory() -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
@@ -101,10 +134,12 @@ def test_kernels_compile_for_hopper_and_fit_its_shared_memory() -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
-    assert list(found) == [place for place, *_ in KERNELS]
-    for name, made in found.items():
-        assert made["shared"] <= MAX_SHARED, name
-    for name in ("grouped_product", "grouped_outer"):  # Hopper's own products and copies
-        words = found[f"triton_kernels.{name}"]["words"]
-        assert {"wgmma", "cp.async.bulk.tensor"} <= set(words), name
-    assert "mma.sync" in found["paged_attention_triton.attend"]["words"]
+    assert [made["place"] for made in found] == [place for place, *_ in KERNELS]
+    for made in found:
+        place, words = made["place"], set(made["words"])
+        assert made["shared"] <= MAX_SHARED, place
+        if place == "paged_attention_triton.attend":
+            assert "mma.sync" in words
+        elif "grouped" in place or place.startswith("attention_triton"):
+            # Hopper's own products and copies, and no others.
+            assert words == {"wgmma", "cp.async.bulk.tensor"}, place
