@@ -6,8 +6,8 @@
 Each sequence's queries are the last of its keys (``is_causal``), or see all of them. The kernels
 take the lengths as numbers on the device, so no new shape costs a new plan: PyTorch's own choice
 for bfloat16 on Hopper is cuDNN, which plans anew for every length and made steps of many short
-sequences 10 times as long. Half precision runs FlashAttention-2 or, if ``IS_TILED``, kernels of
-ours (``tiled_attention.py``), float32 the kernel of "memory-efficient" attention; all are
+sequences 10 times as long. Half precision runs our own kernels (``tiled_attention.py``), or
+FlashAttention-2 where they do not fit, float32 the kernel of "memory-efficient" attention; all are
 differentiable.
 """
 
@@ -16,8 +16,8 @@ differentiable.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -27,58 +27,71 @@ from torch.nn import functional
 from swarm_sdk.model_backend.kernels import tiled_attention as tiled
 from swarm_sdk.model_backend.kernels.tiled_attention import Tiles, Work
 
-IS_TILED: bool = False
-"""Whether half precision runs our own kernels where they fit, or FlashAttention-2."""
 CAUSAL_FROM_THE_END = 2
 """Name of the mask in PyTorch's memory-efficient kernel: the last query sees the last key."""
 
 
-@dataclass(frozen=True, slots=True)
 class Packing:
-    """Where each sequence's queries and keys lie."""
+    """Where each sequence's queries and keys lie; made once for all layers of a pass.
 
-    q_ends: Tensor
-    """0 and the ends of the sequences' queries [N + 1], int32."""
-    k_ends: Tensor
-    """The same of their keys [N + 1]."""
-    key_S: Tensor | None
-    """Packed token of each key; ``None`` where keys lie as the queries do."""
-    max_q: int
-    max_k: int
-    work: Work
-    """What our own kernels go through."""
+    ``prefix_of`` names the sequence whose keys stand before a sequence's.
+    """
 
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         seq_lens: Sequence[int],
         device: torch.device,
         prefix_of: Sequence[int | None] = (),
-    ) -> Packing:
-        """Lay out sequences; ``prefix_of`` names the one whose keys stand before a sequence's."""
-        ends = [0]
-        for length in seq_lens:
-            ends.append(ends[-1] + length)
-        q_ends = torch.tensor(ends, dtype=torch.int32)
-        longest = max(seq_lens)
-        work = Work(seq_lens, prefix_of, device)
-        if not any(before is not None for before in prefix_of):
-            moved = q_ends.to(device, non_blocking=True)
-            return cls(moved, moved, None, longest, longest, work)
+    ) -> None:
+        self._device = device
+        self.lengths: list[int] = list(seq_lens)
+        self._before: list[int | None] = list(prefix_of) or [None] * len(self.lengths)
+        self.is_own: bool = all(before is None for before in self._before)
+        """Whether no sequence stands behind another."""
+        self.max_q: int = max(self.lengths)
+        self.max_k: int = max(
+            length if before is None else length + self.lengths[before]
+            for length, before in zip(self.lengths, self._before, strict=True)
+        )
+
+    @functools.cached_property
+    def work(self) -> Work:
+        """What our own kernels go through."""
+        return Work(self.lengths, self._before, self._device)
+
+    @functools.cached_property
+    def q_ends(self) -> Tensor:
+        """0 and the ends of the sequences' queries [N + 1], int32."""
+        return self._moved(_ends_of(self.lengths))
+
+    @functools.cached_property
+    def k_ends(self) -> Tensor:
+        """The same of their keys [N + 1], where keys are laid out."""
+        if self.is_own:
+            return self.q_ends
+        pairs = zip(self.lengths, self._before, strict=True)
+        return self._moved(
+            _ends_of([one + (0 if by is None else self.lengths[by]) for one, by in pairs])
+        )
+
+    @functools.cached_property
+    def key_rows(self) -> Tensor | None:
+        """Packed token of each key; ``None`` where keys lie as the queries do."""
+        if self.is_own:
+            return None
+        ends = _ends_of(self.lengths)
         pieces: list[np.ndarray] = []
-        lengths = [0]
-        for index, before in enumerate(prefix_of):
+        for index, before in enumerate(self._before):
             own = [index] if before is None else [before, index]
             pieces += [np.arange(ends[one], ends[one + 1]) for one in own]
-            lengths.append(sum(seq_lens[one] for one in own))
-        return cls(
-            q_ends.to(device, non_blocking=True),
-            torch.from_numpy(np.cumsum(lengths, dtype=np.int32)).to(device, non_blocking=True),
-            torch.from_numpy(np.concatenate(pieces)).to(device, non_blocking=True),
-            longest,
-            max(lengths),
-            work,
-        )
+        return self._moved(np.concatenate(pieces))
+
+    def _moved(self, numbers: np.ndarray) -> Tensor:
+        return torch.from_numpy(numbers).to(self._device, non_blocking=True)
+
+
+def _ends_of(lengths: Sequence[int]) -> np.ndarray:
+    return np.cumsum([0, *lengths], dtype=np.int32)
 
 
 def packed_attention_reference(
@@ -122,7 +135,7 @@ def packed_attention(
     if torch.is_autocast_enabled(q_THK.device.type):
         dtype = torch.get_autocast_dtype(q_THK.device.type)
         q_THK, k_THK, v_THV = q_THK.to(dtype), k_THK.to(dtype), v_THV.to(dtype)
-    if IS_TILED and tiled.fits(q_THK, k_THK, v_THV):
+    if tiled.fits(q_THK, k_THK, v_THV):
         return tiled_attention(q_THK, k_THK, v_THV, packing, scale=scale, is_causal=is_causal)
     k_SHK, v_SHV = keys_of(k_THK, packing), keys_of(v_THV, packing)
     if q_THK.dtype == torch.float32:
@@ -203,4 +216,4 @@ def efficient_attention(
 
 def keys_of(x_THK: Tensor, packing: Packing) -> Tensor:
     """Keys or values [S, H, K] laid out as the sequences attend to them."""
-    return x_THK if packing.key_S is None else x_THK.index_select(0, packing.key_S)
+    return x_THK if packing.key_rows is None else x_THK.index_select(0, packing.key_rows)

@@ -17,12 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+TILES_FROM = (9, 0)
+"""Compute capability of the first GPUs that copy whole tiles by themselves."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def can_run(x: Tensor) -> bool:
     """Whether ``x`` lies where the kernels of this module run."""
     return x.is_cuda and x.dtype in DTYPES and has_triton()
+
+
+def can_load_tiles(x: Tensor) -> bool:
+    """Whether kernels may read ``x`` by ``tiles_of``: from Hopper on."""
+    return can_run(x) and torch.cuda.get_device_capability(x.device) >= TILES_FROM
 
 
 @functools.cache

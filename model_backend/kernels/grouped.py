@@ -170,7 +170,7 @@ class Tiled:
     def fits(*matrices: Tensor) -> bool:
         """Whether Triton's descriptors can hold them."""
         return all(
-            fused.can_run(w)
+            fused.can_load_tiles(w)
             and _is_aligned(w.shape[1:], w)
             and all(size % TileShape.of(w.dtype).k == 0 for size in w.shape[1:])
             for w in matrices

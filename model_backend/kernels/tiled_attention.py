@@ -62,7 +62,7 @@ class Tiles:
         return f"{self.forward}, dq {self.backward_queries}, dkv {self.backward_keys}"
 
 
-WIDE = Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2))
+WIDE = Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(32, 64, 4, 2))
 NARROW = Tiles(Tile(128, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 3))
 WIDEST_NARROW = 96
 """Widest keys for which small tiles are taken, several programs a processor; ours."""
@@ -71,7 +71,7 @@ WIDEST_NARROW = 96
 class Work:
     """Lists of tiles of packed sequences, made once for each size of tile.
 
-    ``prefix_of`` names earlier sequences, as in ``Packing.of``.
+    ``prefix_of`` names earlier sequences, as in ``Packing``.
     """
 
     def __init__(
@@ -161,7 +161,9 @@ class Work:
 def fits(*inputs: Tensor) -> bool:
     """Whether the kernels run where ``inputs`` lie, in their type and at their widths."""
     return all(
-        fused.can_run(x) and x.dtype in HALF and x.shape[-1] * x.element_size() % ALIGN_BYTES == 0
+        fused.can_load_tiles(x)
+        and x.dtype in HALF
+        and x.shape[-1] * x.element_size() % ALIGN_BYTES == 0
         for x in inputs
     )
 

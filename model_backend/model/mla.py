@@ -110,7 +110,7 @@ class FullAttention:
             self._watch(self.max_logits_YH[layer_index], q.detach(), k.detach())
         if q.is_cuda:
             if self._packing is None:
-                self._packing = Packing.of(self.seq_lens, q.device, self.prefix_of)
+                self._packing = Packing(self.seq_lens, q.device, self.prefix_of)
             return packed_attention(
                 q, k, v_THV, self._packing, scale=config.softmax_scale, is_causal=True
             )

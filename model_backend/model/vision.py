@@ -107,22 +107,21 @@ class VisionBlock(nn.Module):
         self.wo: nn.Linear = nn.Linear(size, size)
         self.mlp: VisionMLP = VisionMLP(config)
 
-    def forward(self, x_PD: Tensor, rotation: Tensor, item_lens: Sequence[int]) -> Tensor:
-        """Return the patches [P, D]; ``item_lens`` are the patches of each item."""
-        x_PD = x_PD + self._attention(self.norm0(x_PD), rotation, item_lens)
+    def forward(self, x_PD: Tensor, rotation: Tensor, packing: Packing) -> Tensor:
+        """Return the patches [P, D]; ``packing`` tells the patches of each item."""
+        x_PD = x_PD + self._attention(self.norm0(x_PD), rotation, packing)
         y_PD: Tensor = x_PD + self.mlp(self.norm1(x_PD))
         return y_PD
 
-    def _attention(self, x_PD: Tensor, rotation: Tensor, item_lens: Sequence[int]) -> Tensor:
+    def _attention(self, x_PD: Tensor, rotation: Tensor, packing: Packing) -> Tensor:
         q, k, v_PHK = self.wqkv(x_PD).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
         q_PHK, k_PHK = rotate(q, rotation), rotate(k, rotation)
         if q_PHK.is_cuda:
-            packing = Packing.of(item_lens, q_PHK.device)
             scale = q_PHK.shape[-1] ** -0.5
             out_PHK = packed_attention(q_PHK, k_PHK, v_PHK, packing, scale=scale, is_causal=False)
             joined_PD: Tensor = self.wo(out_PHK.flatten(1))
             return joined_PD
-        items = zip(*(x.split(item_lens) for x in (q_PHK, k_PHK, v_PHK)), strict=True)
+        items = zip(*(x.split(packing.lengths) for x in (q_PHK, k_PHK, v_PHK)), strict=True)
         out = [
             functional.scaled_dot_product_attention(
                 q_item.transpose(0, 1)[None],
@@ -145,10 +144,10 @@ class VisionEncoder(nn.Module):
         )
         self.final_layernorm: nn.LayerNorm = nn.LayerNorm(config.vt_hidden_size, eps=LAYER_NORM_EPS)
 
-    def forward(self, x_PD: Tensor, rotation: Tensor, item_lens: Sequence[int]) -> Tensor:
+    def forward(self, x_PD: Tensor, rotation: Tensor, packing: Packing) -> Tensor:
         """Return the encoded patches [P, D]."""
         for block in self.blocks:
-            x_PD = block(x_PD, rotation, item_lens)
+            x_PD = block(x_PD, rotation, packing)
         y_PD: Tensor = self.final_layernorm(x_PD)
         return y_PD
 
@@ -167,7 +166,8 @@ class VisionTower(nn.Module):
         item_lens = [math.prod(grid) for grid in grids]
         assert sum(item_lens) == patches_PC.shape[0], (grids, patches_PC.shape)
         rotation = self._rotation(grids, patches_PC.device)
-        x_PD = self.encoder(self.patch_embed(patches_PC, grids), rotation, item_lens)
+        packing = Packing(item_lens, patches_PC.device)
+        x_PD = self.encoder(self.patch_embed(patches_PC, grids), rotation, packing)
         items = zip(x_PD.split(item_lens), grids, strict=True)
         return torch.cat([self._pool(x_item, grid) for x_item, grid in items])
 

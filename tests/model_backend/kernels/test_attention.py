@@ -25,7 +25,7 @@ def random_inputs(num_heads=2, width=8, value_width=6, dtype=torch.float64, devi
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_each_sequence_attends_to_its_own_tokens_behind_its_prefix(prefix_of, is_causal):
     q, k, v = random_inputs()
-    packing = Packing.of(LENGTHS, q.device, prefix_of)
+    packing = Packing(LENGTHS, q.device, prefix_of)
     found = packed_attention_reference(q, k, v, packing, scale=0.4, is_causal=is_causal)
     qs, ks, vs = (x.split(LENGTHS) for x in (q, k, v))
     for index, (out, before) in enumerate(zip(found.split(LENGTHS), prefix_of, strict=True)):
@@ -44,14 +44,14 @@ def test_each_sequence_attends_to_its_own_tokens_behind_its_prefix(prefix_of, is
 
 
 def test_sequences_without_prefixes_share_their_ends_and_copy_no_keys():
-    packing = Packing.of(LENGTHS, torch.device("cpu"))
+    packing = Packing(LENGTHS, torch.device("cpu"))
     assert packing.q_ends.tolist() == packing.k_ends.tolist() == [0, 5, 8, 9, 16, 18]
-    assert packing.key_S is None
+    assert packing.key_rows is None
     assert packing.max_q == packing.max_k == 7
 
 
 def test_longest_keys_count_the_prefix():
-    packing = Packing.of(LENGTHS, torch.device("cpu"), PREFIX_OF)
+    packing = Packing(LENGTHS, torch.device("cpu"), PREFIX_OF)
     assert packing.k_ends.tolist() == [0, 5, 13, 19, 26, 35]
     assert (packing.max_q, packing.max_k) == (7, 9)
 
@@ -61,7 +61,7 @@ def test_longest_keys_count_the_prefix():
 def test_the_kernels_on_cuda_give_values_and_gradients_of_the_reference(run):
     dtype = torch.float32 if run is efficient_attention else torch.bfloat16
     leaves = [x.requires_grad_() for x in random_inputs(4, 64, 32, dtype, "cuda")]
-    packing = Packing.of(LENGTHS, leaves[0].device)
+    packing = Packing(LENGTHS, leaves[0].device)
     found = run(*leaves, packing, scale=0.1, is_causal=True)
     expected = packed_attention_reference(*leaves, packing, scale=0.1, is_causal=True)
     torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)

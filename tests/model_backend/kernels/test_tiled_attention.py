@@ -41,7 +41,7 @@ def compare(
     *leaves, direction = (torch.randn(s, generator=generator).to(device, dtype) for s in shapes)
     exact = [x.double().requires_grad_() for x in leaves]
     leaves = [x.requires_grad_() for x in leaves]
-    packing = Packing.of(lengths, leaves[0].device, prefix_of)
+    packing = Packing(lengths, leaves[0].device, prefix_of)
     options = {"scale": scale, "is_causal": is_causal}
     found = tiled_attention(*leaves, packing, **options, tiles=tiles)
     expected = packed_attention_reference(*exact, packing, **options)
@@ -120,14 +120,13 @@ def test_values_and_gradients_on_cuda_are_those_of_the_plain_form(widths, is_cau
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_packed_attention_runs_the_tiles_when_told_and_the_same_each_time(monkeypatch):
-    monkeypatch.setattr(attention, "IS_TILED", True)
+def test_packed_attention_runs_the_tiles_and_gives_the_same_each_time(monkeypatch):
     monkeypatch.delattr(attention, "flash_attention")
     q, k, v = (
         torch.randn(900, 4, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         for _ in range(3)
     )
-    packing = Packing.of([500, 150, 250], q.device, (None, 0, 0))
+    packing = Packing([500, 150, 250], q.device, (None, 0, 0))
 
     def step():
         out = packed_attention(q, k, v, packing, scale=0.1, is_causal=True)
