@@ -14,8 +14,8 @@ pictures (as plain, of tokens sampled after a picture that each of the two has e
 mean_abs_dlogprob_plain and mean_abs_dlogprob_replayed are those of `random` in float32.
 A sampled media placeholder reads as id 0 in our model and in transformers, and as its own row in
 SGLang: a sequence ends there.
-tokens_per_s and tokens_per_s_recorded: without and with experts asked for, all calls at once, medians
-of three rounds in turns after one that compiles.
+tokens_per_s, tokens_per_s_recorded: without and with experts asked for, all calls at once; medians
+of three rounds in turns, after one that compiles.
 With --exact SGLang runs our model class (residual stream, router and output matrix in float32).
 """
 
