@@ -7,7 +7,7 @@ Each sequence's queries are the last of its keys (``is_causal``), or see all of 
 take the lengths as numbers on the device, so no new shape costs a new plan: PyTorch's own choice
 for bfloat16 on Hopper is cuDNN, which plans anew for every length and made steps of many short
 sequences 10 times as long. Half precision runs our own kernels (``tiled_attention.py``), or
-FlashAttention-2 where they do not fit, float32 the kernel of "memory-efficient" attention; all are
+FlashAttention-2 where they do not fit or were not measured (pictures), float32 the kernel of "memory-efficient" attention; all are
 differentiable.
 """
 
@@ -135,7 +135,7 @@ def packed_attention(
     if torch.is_autocast_enabled(q_THK.device.type):
         dtype = torch.get_autocast_dtype(q_THK.device.type)
         q_THK, k_THK, v_THV = q_THK.to(dtype), k_THK.to(dtype), v_THV.to(dtype)
-    if tiled.fits(q_THK, k_THK, v_THV):
+    if is_causal and tiled.fits(q_THK, k_THK, v_THV):
         return tiled_attention(q_THK, k_THK, v_THV, packing, scale=scale, is_causal=is_causal)
     k_SHK, v_SHV = keys_of(k_THK, packing), keys_of(v_THV, packing)
     if q_THK.dtype == torch.float32:
