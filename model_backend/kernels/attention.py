@@ -7,8 +7,8 @@ Each sequence's queries are the last of its keys (``is_causal``), or see all of 
 take the lengths as numbers on the device, so no new shape costs a new plan: PyTorch's own choice
 for bfloat16 on Hopper is cuDNN, which plans anew for every length and made steps of many short
 sequences 10 times as long. Half precision runs our own kernels (``tiled_attention.py``), or
-FlashAttention-2 where they do not fit or were not measured (pictures), float32 the kernel of "memory-efficient" attention; all are
-differentiable.
+FlashAttention-2 where they do not fit or were not measured (pictures), float32 the kernel of
+"memory-efficient" attention; all are differentiable.
 """
 
 # Shapes: T = packed queries, S = packed keys, H = heads, K = width of a key, V = of a value,
