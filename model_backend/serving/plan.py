@@ -3,7 +3,8 @@
     one server     sglang.launch_server on --port
     several        one on each of the ports behind --port, GPUs shared out in order, and
                    sglang_router.launch_router on --port (cache_aware: a prompt goes where its
-                   prefix lies)
+                   prefix lies), for chat completions: it has no /model_info, no /abort_request and
+                   drops return_routed_experts, so ``SglangEngine`` asks the servers themselves
 
 Flags are chosen where the model leaves no choice: parsers of Kimi's tool calls and thinking, Triton
 attention for a latent cache that is not 512 + 64 wide, tuned tiles for bf16 experts where there are
@@ -97,7 +98,7 @@ class Plan:
 
     @property
     def url(self) -> str:
-        """Where clients go."""
+        """Where clients of chat completions go; ours goes to each of the servers."""
         return self.router.url if self.router else self.servers[0].url
 
 

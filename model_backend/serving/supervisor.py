@@ -148,8 +148,8 @@ class Supervisor:
     async def _until_ready(self, process: _Process) -> str | None:
         """Return ``None`` when the process answers, else why it never will."""
         told_s = time.monotonic()
-        # A router does not generate; its /health says that it can reach a server.
-        path = "/health_generate" if process.launch in self._plan.servers else "/health"
+        # The router's /health says only that it runs; /readiness, that it has a server.
+        path = "/health_generate" if process.launch in self._plan.servers else "/readiness"
         while process.is_running():
             if await _answers(process.launch.url + path):
                 return None

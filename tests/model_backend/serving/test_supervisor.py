@@ -1,7 +1,9 @@
 """Servers that die, hang, never start and will not end, as real processes."""
 
+import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -98,8 +100,6 @@ async def test_a_dead_or_hung_server_is_started_again(
 async def test_a_server_that_never_starts_fails_with_the_end_of_its_log(
     ask: Ask, tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import dataclasses
-
     monkeypatch.setenv("STAND_IN", json.dumps({str(port): "never starts"}))
     watched = Watched(plan(ask), tmp_path, dataclasses.replace(PATIENCE, max_restarts=1))
     with pytest.raises(ServeFailed, match=r"ended with code 1 and was started 2 times") as caught:
@@ -111,8 +111,6 @@ async def test_a_server_that_never_starts_fails_with_the_end_of_its_log(
 
 @pytest.mark.anyio
 async def test_a_server_that_is_not_ready_in_time_fails(ask: Ask, tmp_path: Path) -> None:
-    import dataclasses
-
     patience = dataclasses.replace(PATIENCE, max_restarts=0, ready_s=0.0)
     with pytest.raises(ServeFailed, match="was not ready after 0 s"):
         await Watched(plan(ask), tmp_path, patience).run()
@@ -132,8 +130,6 @@ async def test_a_server_that_ignores_sigterm_is_killed(
 async def test_the_router_starts_after_the_servers_and_one_that_fails_stops_all(
     ask: Ask, tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import dataclasses
-
     monkeypatch.setenv("STAND_IN", json.dumps({str(port): "never starts"}))
     two = plan(dataclasses.replace(ask, servers=2))
     watched = Watched(two, tmp_path, dataclasses.replace(PATIENCE, max_restarts=0))
@@ -143,6 +139,18 @@ async def test_the_router_starts_after_the_servers_and_one_that_fails_stops_all(
     assert order.index(("router", "started")) > order.index(("server-0", "ready"))
     assert order.index(("router", "started")) > order.index(("server-1", "ready"))
     assert not any(is_alive(pid) for pid in pids(watched.marks))
+
+
+@pytest.mark.anyio
+async def test_the_router_is_ready_when_it_has_a_server_to_send_to(
+    ask: Ask, tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STAND_IN", json.dumps({str(port): "knows no server"}))
+    watched = Watched(plan(dataclasses.replace(ask, servers=2)), tmp_path)
+    with anyio.move_on_after(4):
+        await watched.run()
+    assert ("router", "waiting") in [(one.name, one.kind) for one in watched.told]
+    assert watched.ready_calls == 0
 
 
 def swarm_serve(*arguments: str | Path) -> subprocess.Popen[str]:
@@ -165,6 +173,7 @@ def test_the_command_serves_until_a_signal_and_leaves_no_server(
     assert process.stdout is not None
     told = json.loads(process.stdout.readline())
     assert told["url"] == f"http://127.0.0.1:{port}"
+    assert told["model"] == f"sglang:{told['url']}"
     pid = told["pids"]["server-0"]
     assert is_alive(pid)
     assert (tmp_path / "marks" / f"{port}.{pid}").read_text().endswith('"--random-seed", "7"]')
@@ -176,6 +185,24 @@ def test_the_command_serves_until_a_signal_and_leaves_no_server(
         time.sleep(0.05)
     assert not is_alive(pid)
     assert "Traceback" not in said
+
+
+def test_several_servers_are_told_as_one_model_string_with_each_address_beside_the_router(
+    ask: Ask, tmp_path: Path, port: int
+) -> None:
+    folder = tmp_path / "mine"
+    shutil.copytree(nano_directory(), folder)
+    options = ("--port", port, "--python", ask.python, "--logs", tmp_path / "logs")
+    process = swarm_serve(str(folder), *map(str, options), "--servers", "2", "--json")
+    assert process.stdout is not None
+    told = json.loads(process.stdout.readline())
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    urls = ",".join(f"http://127.0.0.1:{port + number}" for number in (1, 2))
+    assert told["model"] == f"sglang:{urls}#{folder}"
+    assert told["url"] == f"http://127.0.0.1:{port}"
+    assert f"ready: --model '{told['model']}'\n" in said
+    assert f"chat completions: {told['url']}/v1\n" in said
 
 
 def test_the_command_says_what_does_not_fit_and_ends_with_2(
