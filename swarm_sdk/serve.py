@@ -45,7 +45,7 @@ def serve(
     ] = sys.executable,
     logs: Annotated[Path, typer.Option(help="Folder of the servers' logs.")] = Path(".swarm/serve"),
     max_restarts: Annotated[
-        int, typer.Option(help="Times that a server may die in ten minutes.")
+        int, typer.Option(help="Times that a server may die before it has served ten minutes.")
     ] = 3,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, print the commands, and end.")

@@ -17,6 +17,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 PROBE = "find_spec"
+GENERATES = "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"
+"""Unless it is false, /health generates a token; a paused server cannot, and answers 503."""
 
 
 def main() -> None:
@@ -49,6 +51,10 @@ def main() -> None:
             self.send_response(200 if ok else 503)
             self.send_header("Content-Length", "0")
             self.end_headers()
+            if fault == "dies" and self.path == "/health":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if fault == "is paused" and os.environ.get(GENERATES) != "false":
+                is_silent.set()
             if fault == "dies once" and starts == 1 and self.path == "/health":
                 os.kill(os.getpid(), signal.SIGKILL)
             if fault == "falls silent once" and starts == 1:

@@ -13,7 +13,7 @@ from swarm_sdk.config import nano_directory
 from swarm_sdk.errors import ConfigError
 from swarm_sdk.model_backend.model.config import k25
 from swarm_sdk.model_backend.serving.memory import Gpu, Needs, choose_tp, find_gpus, needs_of
-from swarm_sdk.model_backend.serving.plan import Ask, Plan, plan
+from swarm_sdk.model_backend.serving.plan import HEALTH, Ask, Plan, plan
 from swarm_sdk.model_backend.weights.layout import stored_tensors
 from swarm_sdk.model_backend.weights.quantization import with_quantization
 
@@ -96,7 +96,7 @@ def test_one_server_gets_flags_that_fit_the_model(
     assert value(made, "--attention-backend") == "triton"  # its cache is 128 + 32 wide
     assert value(made, "--tool-call-parser") == value(made, "--reasoning-parser") == "kimi_k2"
     assert value(made, "--ep-size") == "1"
-    assert server.environment == {"CUDA_VISIBLE_DEVICES": "0"}
+    assert server.environment == HEALTH | {"CUDA_VISIBLE_DEVICES": "0"}
     assert "--tp-size" not in server.command
 
 
@@ -175,7 +175,7 @@ def test_on_the_cpu_int4_is_refused_and_bf16_gets_plain_flags(
 ) -> None:
     made = plan(Ask(folder=nano_directory(), port=port, python=python, device="cpu"))
     assert value(made, "--attention-backend") == "torch_native"
-    assert made.servers[0].environment == {}
+    assert made.servers[0].environment == HEALTH
     folder = int4_folder(tmp_path / "int4")
     with pytest.raises(ConfigError, match=r"INT4 experts on GPUs only; .*--to bf16"):
         plan(Ask(folder=folder, port=port, python=python, device="cpu"))
