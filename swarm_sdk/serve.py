@@ -77,12 +77,12 @@ def serve(
     with said_in_one_sentence(), tempfile.TemporaryDirectory(prefix="swarm-serve-") as work:
         if max_restarts < 0:
             raise ConfigError(f"--max-restarts must be >= 0, got {max_restarts}")
-        folder = checkpoint_folder(model)
+        folder = checkpoint_folder(model).resolve()
         if not folder.is_dir():
             raise ConfigError(f"there is no checkpoint folder '{folder}'; give its path, or nano")
         planned = plan(
             Ask(
-                folder=servable(folder.resolve(), Path(work) / folder.name),
+                folder=servable(folder, Path(work) / folder.name),
                 host=host,
                 port=port,
                 servers=servers,
@@ -95,7 +95,7 @@ def serve(
                 extra=context.args,
             )
         )
-        told = _told(planned, None if model == "nano" else folder.resolve())
+        told = _told(planned, None if model == "nano" else folder)
         if dry_run:
             _print_plan(planned, told, as_json=as_json)
             return

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import anyio
@@ -184,14 +184,17 @@ async def test_the_router_is_ready_when_it_has_a_server_to_send_to(
     assert watched.ready_calls == 0
 
 
-def swarm_serve(*arguments: str | Path) -> subprocess.Popen[str]:
+def swarm_serve(
+    *arguments: str, cwd: Path | None = None, environment: Mapping[str, str] = {}
+) -> subprocess.Popen[str]:
     code = "from swarm_sdk.cli import main; main()"
     return subprocess.Popen(
-        [sys.executable, "-c", code, "serve", *map(str, arguments)],
+        [sys.executable, "-c", code, "serve", *arguments],
+        cwd=cwd,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"PYTHONSAFEPATH": "1"},
+        env=os.environ | {"PYTHONSAFEPATH": "1"} | environment,
     )
 
 
@@ -245,6 +248,26 @@ def test_the_command_says_what_does_not_fit_and_ends_with_2(
     assert (process.returncode, out) == (2, "")
     assert "needs 0.03 GB of GPU memory for the weights" in said
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("given", [".", "..", "../mine/"])
+def test_links_lie_in_a_folder_of_their_own_however_the_folder_is_given(
+    ask: Ask, tmp_path: Path, port: int, given: str
+) -> None:
+    folder, temporary = tmp_path / "mine", tmp_path / "temporary"
+    shutil.copytree(nano_directory(), folder)
+    (folder / "sub").mkdir()
+    temporary.mkdir()
+    process = swarm_serve(
+        *(given, "--port", str(port), "--python", ask.python, "--dry-run", "--json"),
+        cwd=folder / "sub" if given == ".." else folder,
+        environment={"TMPDIR": str(temporary)},
+    )
+    command = json.loads(process.communicate(timeout=60)[0])["commands"]["server-0"]
+    links = Path(command[command.index("--model-path") + 1])
+    assert links.name == "mine"
+    assert links.parent.parent == temporary
+    assert list(temporary.iterdir()) == []
 
 
 def test_a_dry_run_prints_the_commands_alone(ask: Ask, port: int) -> None:
