@@ -12,6 +12,7 @@ import pytest
 from swarm_sdk.config import nano_directory
 from swarm_sdk.errors import ConfigError
 from swarm_sdk.model_backend.model.config import k25
+from swarm_sdk.model_backend.serving import memory
 from swarm_sdk.model_backend.serving.memory import Gpu, Needs, choose_tp, find_gpus, needs_of
 from swarm_sdk.model_backend.serving.plan import HEALTH, Ask, Plan, plan
 from swarm_sdk.model_backend.weights.layout import stored_tensors
@@ -73,13 +74,71 @@ def test_more_copies_than_gpus_are_refused() -> None:
         choose_tp(needs, gpus_of(3, 80), servers=2, tp=2, dp=1, num_heads=64)
 
 
-def test_gpus_are_those_that_the_environment_shows(
-    gpus: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("visible", "found"),
+    [
+        (None, [0, 1, 2, 3]),
+        ("1,3", [1, 3]),
+        ("3, 1", [3, 1]),
+        ("GPU-22-aa,0", [2, 0]),
+        ("GPU-33", [3]),
+        ("", []),
+        ("-1", []),
+        ("1,-1,2", [1]),
+    ],
+)
+def test_gpus_are_those_that_the_environment_shows_in_its_order(
+    gpus: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    visible: str | None,
+    found: list[int],
 ) -> None:
     gpus(4)
-    assert [gpu.index for gpu in find_gpus()] == [0, 1, 2, 3]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,3")
-    assert [gpu.index for gpu in find_gpus()] == [1, 3]
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert [gpu.index for gpu in find_gpus()] == found
+
+
+@pytest.mark.parametrize("visible", ["7", "MIG-5c89", "GPU-"])
+def test_a_visible_gpu_that_nobody_knows_is_said_in_one_sentence(
+    gpus: Callable[..., None], monkeypatch: pytest.MonkeyPatch, visible: str
+) -> None:
+    gpus(4)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(ConfigError, match=f"CUDA_VISIBLE_DEVICES names '{visible}'"):
+        find_gpus()
+
+
+def test_a_gpu_whose_memory_is_not_told_is_said_in_one_sentence_unless_it_is_hidden(
+    gpus: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus(2, mebibytes="[N/A]")
+    with pytest.raises(ConfigError, match=r"does not tell the memory of GPU 0 .*'\[N/A\]'"):
+        find_gpus()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert find_gpus() == []
+
+
+def test_a_driver_that_hangs_is_said_in_one_sentence(
+    gpus: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus(1)
+    (tmp_path / "bin" / "nvidia-smi").write_text("#!/bin/sh\nexec sleep 30\n")
+    monkeypatch.setattr(memory, "ANSWERS_WITHIN_S", 0.2)
+    with pytest.raises(ConfigError, match="nvidia-smi has not answered for 0.2 s"):
+        find_gpus()
+
+
+def test_memory_that_holds_cached_files_counts_as_free_on_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meminfo = tmp_path / "meminfo"
+    monkeypatch.setattr(memory, "MEMINFO", meminfo)
+    needs = Needs(weight_bytes=10**9, cache_bytes_per_token=1, context_tokens=1)
+    meminfo.write_text("MemTotal: 9000000 kB\nMemFree: 1000 kB\nMemAvailable: 1200000 kB\n")
+    memory.check_ram(needs, copies=1)
+    with pytest.raises(ConfigError, match=r"2 x 1.00 GB .* the 1.23 GB of memory"):
+        memory.check_ram(needs, copies=2)
 
 
 def test_one_server_gets_flags_that_fit_the_model(
