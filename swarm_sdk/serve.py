@@ -99,6 +99,7 @@ def serve(
         if dry_run:
             _print_plan(planned, told, as_json=as_json)
             return
+        _check_logs(logs)
         patience = Patience(max_restarts=max_restarts)
         anyio.run(_serve, planned, told, logs, patience, as_json)
 
@@ -146,6 +147,16 @@ async def _serve(
         group.cancel_scope.cancel()
     if failed:
         raise failed
+
+
+def _check_logs(logs: Path) -> None:
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=logs).close()
+    except OSError as error:
+        raise ConfigError(
+            f"--logs {logs} cannot be written ({error.strerror}); give another folder"
+        ) from None
 
 
 def _told(plan: Plan, directory: Path | None) -> dict[str, Any]:

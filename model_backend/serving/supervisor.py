@@ -95,7 +95,8 @@ class Supervisor:
         """Serve until cancelled; ``on_ready`` is called once, when all processes answer.
 
         Raises:
-            ServeFailed: a process died more often than is allowed; all are stopped.
+            ServeFailed: a process died more often than is allowed, or cannot be started; all are
+                stopped.
         """
         self._logs.mkdir(parents=True, exist_ok=True)
         failed: list[ServeFailed] = []
@@ -106,6 +107,9 @@ class Supervisor:
                 await self._keep(launch, is_ready)
             except ServeFailed as error:  # one sentence, not a group of errors
                 failed.append(error)
+                group.cancel_scope.cancel()
+            except OSError as error:  # no room for its log, no Python any more
+                failed.append(ServeFailed(f"{launch.name} cannot be kept running: {error}"))
                 group.cancel_scope.cancel()
 
         async with anyio.create_task_group() as group:

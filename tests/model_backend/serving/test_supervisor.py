@@ -250,6 +250,31 @@ def test_the_command_says_what_does_not_fit_and_ends_with_2(
     assert said.count("\n") == 1
 
 
+def test_logs_that_cannot_be_written_are_one_sentence_before_anything_starts(
+    ask: Ask, tmp_path: Path, port: int
+) -> None:
+    (tmp_path / "file").touch()
+    options = ("--port", str(port), "--python", ask.python, "--logs", str(tmp_path / "file/logs"))
+    process = swarm_serve("nano", *options)
+    out, said = process.communicate(timeout=60)
+    assert (process.returncode, out) == (2, "")
+    assert said == (
+        f"swarm: --logs {tmp_path}/file/logs cannot be written (Not a directory); "
+        "give another folder\n"
+    )
+    assert pids(tmp_path / "marks") == []
+
+
+@pytest.mark.anyio
+async def test_a_python_that_is_gone_when_a_server_starts_fails_in_one_sentence(
+    ask: Ask, tmp_path: Path
+) -> None:
+    planned = plan(ask)
+    Path(ask.python).unlink()
+    with pytest.raises(ServeFailed, match=r"server-0 cannot be kept running: .*No such file"):
+        await Watched(planned, tmp_path).run()
+
+
 @pytest.mark.parametrize("given", [".", "..", "../mine/"])
 def test_links_lie_in_a_folder_of_their_own_however_the_folder_is_given(
     ask: Ask, tmp_path: Path, port: int, given: str
