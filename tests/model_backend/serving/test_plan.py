@@ -267,6 +267,7 @@ def test_experts_of_a_tuned_shape_get_the_tiles_that_were_tuned(
     content["text_config"] |= {"n_routed_experts": 384, "moe_intermediate_size": 2048}
     (folder / "config.json").write_text(json.dumps(with_quantization(content, int4=int4)))
     (server,) = plan(Ask(folder=folder, port=port, python=python, tp=tp)).servers
+    assert "--moe-runner-backend" not in server.command  # SGLang chooses
     place = server.environment.get("SGLANG_MOE_CONFIG_DIR")
     assert (place is not None) == is_tuned
     if place is not None:
