@@ -65,8 +65,8 @@ def serve(
 
       swarm serve ./RUN/model --servers 4 --port 30000 --dry-run
 
-    When all is ready it says what to give to swarm run as --model: the address of each server, which
-    our client shares its calls out to by itself. The router of several is for chat completions.
+    When all is ready it says what to give to swarm run as --model: the address of each server, for
+    our client shares its calls out by itself. The router of several is for chat completions.
     """
     import anyio
 

@@ -72,7 +72,7 @@ def needs_of(folder: Path, config: KimiConfig, context_tokens: int | None) -> Ne
 
 
 def find_gpus() -> list[Gpu]:
-    """List the GPUs that ``CUDA_VISIBLE_DEVICES`` allows, in its order, as ``nvidia-smi`` tells them.
+    """List the GPUs that ``nvidia-smi`` tells and ``CUDA_VISIBLE_DEVICES`` allows, in its order.
 
     Raises:
         ConfigError: the driver does not answer, or not what memory a GPU has; a GPU that is to be

@@ -125,7 +125,7 @@ def test_a_driver_that_hangs_is_said_in_one_sentence(
     gpus(1)
     (tmp_path / "bin" / "nvidia-smi").write_text("#!/bin/sh\nexec sleep 30\n")
     monkeypatch.setattr(memory, "ANSWERS_WITHIN_S", 0.2)
-    with pytest.raises(ConfigError, match="nvidia-smi has not answered for 0.2 s"):
+    with pytest.raises(ConfigError, match=r"nvidia-smi has not answered for 0\.2 s"):
         find_gpus()
 
 

@@ -270,7 +270,7 @@ async def test_a_python_that_is_gone_when_a_server_starts_fails_in_one_sentence(
     ask: Ask, tmp_path: Path
 ) -> None:
     planned = plan(ask)
-    Path(ask.python).unlink()
+    await anyio.Path(ask.python).unlink()
     with pytest.raises(ServeFailed, match=r"server-0 cannot be kept running: .*No such file"):
         await Watched(planned, tmp_path).run()
 
