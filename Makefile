@@ -9,7 +9,7 @@ TORCH  ?= torch==2.13.0
 export OMP_NUM_THREADS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check bench wheel test-sglang
+.PHONY: help demo test test-slow check bench wheel sglang-cpu test-sglang
 
 help: ## List the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -50,6 +50,9 @@ bench: $(VENV)/.dev ## Run the quick form of every benchmark
 
 wheel: $(VENV)/.dev ## Build the wheel and the source archive into dist/
 	$(BIN)/python -m build
+
+sglang-cpu: ## Build .venv-sglang: SGLang on the CPU
+	tests/sglang/setup.sh
 
 test-sglang: $(VENV)/.dev ## Test against a real SGLang server on the CPU (builds .venv-sglang)
 	tests/sglang/run.sh

@@ -27,7 +27,8 @@ def serve(
     model: Annotated[str, typer.Argument(help="nano, or the folder of a Kimi K2.5 checkpoint.")],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[
-        int, typer.Option(help="Port of the server, or of the router in front of several.")
+        int,
+        typer.Option(help="Port of the server; of several the router's, theirs come behind it."),
     ] = 30000,
     servers: Annotated[int, typer.Option(help="Servers, each with GPUs of its own.")] = 1,
     tp: Annotated[
@@ -44,7 +45,7 @@ def serve(
     ] = sys.executable,
     logs: Annotated[Path, typer.Option(help="Folder of the servers' logs.")] = Path(".swarm/serve"),
     max_restarts: Annotated[
-        int, typer.Option(help="Times that a server may die in ten minutes.")
+        int, typer.Option(help="Times that a server may die before it has served ten minutes.")
     ] = 3,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, print the commands, and end.")
@@ -64,7 +65,8 @@ def serve(
 
       swarm serve ./RUN/model --servers 4 --port 30000 --dry-run
 
-    Then: swarm run "…" --model sglang:http://127.0.0.1:30000
+    When all is ready it says what to give to swarm run as --model: the address of each server, for
+    our client shares its calls out by itself. The router of several is for chat completions.
     """
     import anyio
 
@@ -75,12 +77,12 @@ def serve(
     with said_in_one_sentence(), tempfile.TemporaryDirectory(prefix="swarm-serve-") as work:
         if max_restarts < 0:
             raise ConfigError(f"--max-restarts must be >= 0, got {max_restarts}")
-        folder = checkpoint_folder(model)
+        folder = checkpoint_folder(model).resolve()
         if not folder.is_dir():
             raise ConfigError(f"there is no checkpoint folder '{folder}'; give its path, or nano")
         planned = plan(
             Ask(
-                folder=servable(folder.resolve(), Path(work) / folder.name),
+                folder=servable(folder, Path(work) / folder.name),
                 host=host,
                 port=port,
                 servers=servers,
@@ -93,13 +95,22 @@ def serve(
                 extra=context.args,
             )
         )
+        told = _told(planned, None if model == "nano" else folder)
         if dry_run:
-            _print_plan(planned, as_json=as_json)
+            _print_plan(planned, told, as_json=as_json)
             return
-        anyio.run(_serve, planned, logs, Patience(max_restarts=max_restarts), as_json)
+        _check_logs(logs)
+        patience = Patience(max_restarts=max_restarts)
+        anyio.run(_serve, planned, told, logs, patience, as_json)
 
 
-async def _serve(plan: Plan, logs: Path, patience: Patience, as_json: bool) -> None:  # noqa: FBT001
+async def _serve(
+    plan: Plan,
+    told_ready: dict[str, Any],
+    logs: Path,
+    patience: Patience,
+    as_json: bool,  # noqa: FBT001
+) -> None:
     import anyio
 
     from swarm_sdk.model_backend.serving.supervisor import Supervisor
@@ -113,9 +124,10 @@ async def _serve(plan: Plan, logs: Path, patience: Patience, as_json: bool) -> N
 
     def on_ready() -> None:
         if as_json:
-            sys.stdout.write(json.dumps(_told(plan) | {"pids": pids, "logs": str(logs)}) + "\n")
+            sys.stdout.write(json.dumps(told_ready | {"pids": pids, "logs": str(logs)}) + "\n")
             sys.stdout.flush()
-        typer.echo(f"ready: --model sglang:{plan.url}", err=True)
+        typer.echo(f"chat completions: {plan.url}/v1", err=True)
+        typer.echo(f"ready: --model {shlex.quote(told_ready['model'])}", err=True)
 
     failed: ServeFailed | None = None
     async with anyio.create_task_group() as group:
@@ -137,22 +149,35 @@ async def _serve(plan: Plan, logs: Path, patience: Patience, as_json: bool) -> N
         raise failed
 
 
-def _told(plan: Plan) -> dict[str, Any]:
+def _check_logs(logs: Path) -> None:
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=logs).close()
+    except OSError as error:
+        raise ConfigError(
+            f"--logs {logs} cannot be written ({error.strerror}); give another folder"
+        ) from None
+
+
+def _told(plan: Plan, directory: Path | None) -> dict[str, Any]:
+    """What ``--json`` tells of a plan; ``directory`` is ``None`` for nano."""
+    urls = [server.url for server in plan.servers]
     return {
+        "model": "sglang:" + ",".join(urls) + (f"#{directory}" if directory else ""),
         "url": plan.url,
-        "servers": [server.url for server in plan.servers],
+        "servers": urls,
         "tp": plan.tp,
         "needs": asdict(plan.needs),
     }
 
 
-def _print_plan(plan: Plan, *, as_json: bool) -> None:
+def _print_plan(plan: Plan, told: dict[str, Any], *, as_json: bool) -> None:
     launches = [*plan.servers, *([plan.router] if plan.router else [])]
     if as_json:
         commands = {launch.name: list(launch.command) for launch in launches}
         environments = {launch.name: launch.environment for launch in launches}
-        told = _told(plan) | {"commands": commands, "environments": environments}
-        sys.stdout.write(json.dumps(told) + "\n")
+        all_told = told | {"commands": commands, "environments": environments}
+        sys.stdout.write(json.dumps(all_told) + "\n")
         return
     for launch in launches:
         variables = [f"{name}={value}" for name, value in launch.environment.items()]

@@ -21,6 +21,12 @@ def said_in_one_sentence() -> Iterator[None]:
     except SwarmError as error:
         typer.echo(f"swarm: {error}", err=True)
         raise typer.Exit(1) from error
+    except OSError as error:  # a disk that is full, a folder that may not be written
+        if error.strerror is None or isinstance(error, BrokenPipeError):
+            raise
+        place = f": {error.filename}" if error.filename else ""
+        typer.echo(f"swarm: {error.strerror}{place}", err=True)
+        raise typer.Exit(1) from error
     except KeyboardInterrupt as error:
         typer.echo("swarm: interrupted; what was committed is in the trace", err=True)
         raise typer.Exit(130) from error

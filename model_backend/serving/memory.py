@@ -24,6 +24,10 @@ USABLE = 0.9
 CACHE_BYTES = 2
 """Bytes of one number of the cache (bf16)."""
 GB = 1e9
+ANSWERS_WITHIN_S = 60.0
+"""How long ``nvidia-smi`` may take."""
+MEMINFO = Path("/proc/meminfo")
+"""Where Linux tells what programs can get; files that it keeps in memory give way to them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,40 +72,72 @@ def needs_of(folder: Path, config: KimiConfig, context_tokens: int | None) -> Ne
 
 
 def find_gpus() -> list[Gpu]:
-    """List the GPUs that ``nvidia-smi`` tells and ``CUDA_VISIBLE_DEVICES`` allows.
+    """List the GPUs that ``nvidia-smi`` tells and ``CUDA_VISIBLE_DEVICES`` allows, in its order.
 
     Raises:
-        ConfigError: the driver does not answer.
+        ConfigError: the driver does not answer, or not what memory a GPU has; a GPU that is to be
+            visible is not there.
     """
     program = shutil.which("nvidia-smi")
     if program is None:
         return []
-    query = "--query-gpu=index,name,memory.total,memory.free"
-    done = subprocess.run(  # noqa: S603
-        [program, query, "--format=csv,noheader,nounits"],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
+    query = "--query-gpu=index,uuid,memory.total,memory.free,name"
+    try:
+        done = subprocess.run(  # noqa: S603
+            [program, query, "--format=csv,noheader,nounits"],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=ANSWERS_WITHIN_S,
+        )
+    except subprocess.TimeoutExpired:
+        raise ConfigError(
+            f"nvidia-smi has not answered for {ANSWERS_WITHIN_S:g} s; the driver hangs"
+        ) from None
     if done.returncode:
         raise ConfigError(f"nvidia-smi fails: {(done.stderr or done.stdout).strip()[:200]}")
-    gpus = []
-    for line in done.stdout.strip().splitlines():
-        index, name, total, free = (part.strip() for part in line.split(","))
-        gpus.append(
-            Gpu(
-                index=int(index),
-                name=name,
-                total_bytes=int(total) * 2**20,
-                free_bytes=int(free) * 2**20,
-            )
-        )
+    if done.stdout.startswith("No devices"):
+        return []
+    rows = [
+        [part.strip() for part in line.split(",", 4)] for line in done.stdout.strip().splitlines()
+    ]
+    return [_gpu(*row) for row in _visible(rows)]
+
+
+def _visible(rows: list[list[str]]) -> list[list[str]]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
-        return gpus
-    chosen = {part.strip() for part in visible.split(",")}
-    return [gpu for gpu in gpus if str(gpu.index) in chosen]
+        return rows
+    chosen = []
+    for part in visible.split(","):
+        name = part.strip()
+        if name in ("", "-1"):  # CUDA reads no further
+            break
+        found = [
+            row for row in rows if row[0] == name or ("GPU-" in name and row[1].startswith(name))
+        ]
+        if len(found) != 1:
+            raise ConfigError(
+                f"CUDA_VISIBLE_DEVICES names '{name}', which is none of the {len(rows)} GPUs that "
+                "nvidia-smi lists; give whole GPUs by index or uuid"
+            )
+        chosen += found
+    return chosen
+
+
+def _gpu(index: str, uuid: str, total: str, free: str, name: str) -> Gpu:
+    try:
+        return Gpu(
+            index=int(index),
+            name=name,
+            total_bytes=int(total) * 2**20,
+            free_bytes=int(free) * 2**20,
+        )
+    except ValueError:
+        raise ConfigError(
+            f"nvidia-smi does not tell the memory of GPU {index} ({name}, {uuid}) but '{total}'; "
+            "hide it with CUDA_VISIBLE_DEVICES, or launch SGLang by hand"
+        ) from None
 
 
 def choose_tp(
@@ -148,7 +184,8 @@ def check_ram(needs: Needs, copies: int) -> None:
     Raises:
         ConfigError: they do not.
     """
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    fields = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
+    free = int(fields["MemAvailable"].split()[0]) * 2**10
     if copies * needs.weight_bytes > free:
         raise ConfigError(
             f"{copies} x {needs.weight_bytes / GB:.2f} GB of weights do not fit into the "

@@ -3,7 +3,8 @@
     one server     sglang.launch_server on --port
     several        one on each of the ports behind --port, GPUs shared out in order, and
                    sglang_router.launch_router on --port (cache_aware: a prompt goes where its
-                   prefix lies)
+                   prefix lies), for chat completions: it has no /model_info, no /abort_request and
+                   drops return_routed_experts, so ``SglangEngine`` asks the servers themselves
 
 Flags are chosen where the model leaves no choice: parsers of Kimi's tool calls and thinking, Triton
 attention for a latent cache that is not 512 + 64 wide, tuned tiles for bf16 experts where there are
@@ -40,6 +41,9 @@ CPU_FLAGS = (
     *("--cuda-graph-backend-decode", "disabled", "--cuda-graph-backend-prefill", "disabled"),
     *("--disable-overlap-schedule", "--mem-fraction-static", "0.2"),
 )
+HEALTH = {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "false"}
+"""/health answers without a token, for a server that is paused (new weights, memory lent to a
+training step) makes none. A batch that hangs ends the server by SGLang's own --watchdog-timeout."""
 K25_CACHE = (512, 64)
 """Widths of the latent cache for which SGLang's own choice of attention kernels is made."""
 MOE = Path(__file__).with_name("moe")
@@ -97,7 +101,7 @@ class Plan:
 
     @property
     def url(self) -> str:
-        """Where clients go."""
+        """Where clients of chat completions go; ours goes to each of the servers."""
         return self.router.url if self.router else self.servers[0].url
 
 
@@ -164,7 +168,7 @@ def _server(
         flags += ["--dp-size", str(ask.dp)]
     if ask.context_tokens is not None:
         flags += ["--context-length", str(ask.context_tokens)]
-    environment = {}
+    environment = dict(HEALTH)
     if gpus:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(str(gpu.index) for gpu in gpus)
         if _is_tuned(ask, config, tp, gpus[0]) and "SGLANG_MOE_CONFIG_DIR" not in os.environ:

@@ -2,8 +2,14 @@
 
     start ─> not ready: ask /health_generate, tell the log's last line ─> ready ─> ask /health
       ▲                 │ died, or not ready in time                       │ died, or silent
-      └── wait 1, 2, 4 … s ◄── at most max_restarts in window_s ◄──────────┘
+      └── wait 1, 2, 4 … s ◄── at most max_restarts ◄──────────────────────┘
                               more: everything stops, ServeFailed with the end of its log
+
+Deaths are counted anew when a process has served for steady_s.
+
+/health asks the server's HTTP alone (``plan.HEALTH``), so a paused one lives. One whose batch hangs
+is ended by SGLang's watchdog after five minutes, and counts as dead here; so does one that lost a
+process. What nobody sees is a scheduler that hangs outside of a batch, say in new weights.
 
 Every process leads a group of its own, so that what it started ends with it: SIGTERM to the leader,
 and SIGKILL to the group after grace_s or when the leader is gone. A server ends also if this
@@ -18,7 +24,6 @@ import signal
 import subprocess
 import time
 import urllib.request
-from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -67,8 +72,8 @@ class Patience:
     grace_s: float = 20.0
     """From SIGTERM to SIGKILL."""
     max_restarts: int = 3
-    window_s: float = 600.0
-    """Restarts that are longer ago are forgotten."""
+    steady_s: float = 600.0
+    """Serving this long makes the deaths before forgotten."""
 
 
 class Supervisor:
@@ -90,7 +95,8 @@ class Supervisor:
         """Serve until cancelled; ``on_ready`` is called once, when all processes answer.
 
         Raises:
-            ServeFailed: a process died more often than is allowed; all are stopped.
+            ServeFailed: a process died more often than is allowed, or cannot be started; all are
+                stopped.
         """
         self._logs.mkdir(parents=True, exist_ok=True)
         failed: list[ServeFailed] = []
@@ -101,6 +107,9 @@ class Supervisor:
                 await self._keep(launch, is_ready)
             except ServeFailed as error:  # one sentence, not a group of errors
                 failed.append(error)
+                group.cancel_scope.cancel()
+            except OSError as error:  # no room for its log, no Python any more
+                failed.append(ServeFailed(f"{launch.name} cannot be kept running: {error}"))
                 group.cancel_scope.cancel()
 
         async with anyio.create_task_group() as group:
@@ -120,8 +129,9 @@ class Supervisor:
             raise failed[0]
 
     async def _keep(self, launch: Launch, is_ready: anyio.Event) -> None:
-        patience, deaths = self._patience, deque[float]()
+        patience, deaths = self._patience, 0
         while True:
+            ready_s: float | None = None
             process = _Process(launch, self._logs / f"{launch.name}.log")
             self._tell("started", process, f"log: {process.log}")
             try:
@@ -129,27 +139,28 @@ class Supervisor:
                 if reason is None:
                     self._tell("ready", process, launch.url)
                     is_ready.set()
+                    ready_s = time.monotonic()
                     reason = await self._until_dead(process)
+                died_s = time.monotonic()
             finally:
                 with anyio.CancelScope(shield=True):
                     await process.stop(patience.grace_s)
                 self._tell("stopped", process)
-            now_s = time.monotonic()
-            deaths.append(now_s)
-            while now_s - deaths[0] > patience.window_s:
-                deaths.popleft()
-            if len(deaths) > patience.max_restarts:
+            if ready_s is not None and died_s - ready_s > patience.steady_s:
+                deaths = 0
+            deaths += 1
+            if deaths > patience.max_restarts:
                 raise ServeFailed(
-                    f"{launch.name} {reason} and was started {len(deaths)} times in "
-                    f"{patience.window_s:.0f} s; the end of {process.log}:\n{process.log_tail()}"
+                    f"{launch.name} {reason} and was started {deaths} times without serving for "
+                    f"{patience.steady_s:.0f} s; the end of {process.log}:\n{process.log_tail()}"
                 )
-            await anyio.sleep(min(2.0 ** (len(deaths) - 1), 30.0) * patience.poll_s)
+            await anyio.sleep(min(2.0 ** (deaths - 1), 30.0) * patience.poll_s)
 
     async def _until_ready(self, process: _Process) -> str | None:
         """Return ``None`` when the process answers, else why it never will."""
         told_s = time.monotonic()
-        # A router does not generate; its /health says that it can reach a server.
-        path = "/health_generate" if process.launch in self._plan.servers else "/health"
+        # The router's /health says only that it runs; /readiness, that it has a server.
+        path = "/health_generate" if process.launch in self._plan.servers else "/readiness"
         while process.is_running():
             if await _answers(process.launch.url + path):
                 return None

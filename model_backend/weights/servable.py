@@ -61,24 +61,25 @@ def save_checkpoint(
 def servable(folder: Path, work: Path) -> Path:
     """Return a folder that a server can load: ``folder``, or ``work`` with links to its files.
 
-    ``work`` is made, and what ``folder`` lacks (processor, server's tokenizer) is written there;
-    nothing is written into ``folder``, which may be read-only.
+    ``work`` is made, and what ``folder`` lacks (processor, server's tokenizer) is written there,
+    before any link; nothing is written into ``folder``, which may be read-only.
 
     Raises:
         ConfigError: ``folder`` has no tokenizer, or the ``tokenizers`` package is missing.
+        FileExistsError: ``work`` is there already.
     """
     has_tokenizer = (folder / TOKENIZER_CONFIG).is_file()
     has_processor = any((folder / name).is_file() for name in PROCESSOR_FILES)
     if has_tokenizer and has_processor:
         return folder
-    work.mkdir(parents=True, exist_ok=True)
-    for file in folder.iterdir():
-        if file.is_file():
-            (work / file.name).symlink_to(file.resolve())
+    work.mkdir(parents=True)
     if not has_tokenizer:
         _write_server_tokenizer(Tokenizer.from_dir(folder), work)
     if not has_processor:
         write_processor(work)
+    for file in folder.iterdir():
+        if file.is_file() and not (work / file.name).exists():
+            (work / file.name).symlink_to(file.resolve())
     return work
 
 

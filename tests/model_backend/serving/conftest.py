@@ -26,8 +26,11 @@ def python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Put an ``nvidia-smi`` on the path that tells of ``number`` GPUs of so many MiB."""
 
-    def put(number: int, mebibytes: int = 143_771, free: int | None = None) -> None:
-        rows = [f"{i}, NVIDIA H200, {mebibytes}, {free or mebibytes}" for i in range(number)]
+    def put(number: int, mebibytes: int | str = 143_771, free: int | None = None) -> None:
+        rows = [
+            f"{i}, GPU-{i}{i}-aa, {mebibytes}, {free or mebibytes}, NVIDIA H200"
+            for i in range(number)
+        ]
         folder = tmp_path / "bin"
         folder.mkdir(exist_ok=True)
         (folder / "nvidia-smi").write_text("#!/bin/sh\n" + "".join(f"echo '{r}'\n" for r in rows))

@@ -17,6 +17,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 PROBE = "find_spec"
+GENERATES = "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"
+"""Unless it is false, /health generates a token; a paused server cannot, and answers 503."""
 
 
 def main() -> None:
@@ -24,6 +26,7 @@ def main() -> None:
         assert PROBE in sys.argv[2]
         print(os.environ.get("INSTALLED", "[true, true]"))
         return
+    is_router = sys.argv[2] == "sglang_router.launch_router"
     port = sys.argv[sys.argv.index("--port") + 1]
     marks = Path(os.environ["MARKS"])
     (marks / f"{port}.{os.getpid()}").write_text(json.dumps(sys.argv))
@@ -37,13 +40,21 @@ def main() -> None:
     if fault == "ignores SIGTERM":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     is_silent = threading.Event()
+    # SGLang's router says in /health that it runs, in /readiness that it has a server.
+    told_well = {"/health", "/readiness"} if is_router else {"/health", "/health_generate"}
+    if fault == "knows no server":
+        told_well.remove("/readiness")
 
     class Health(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            ok = not is_silent.is_set() and self.path.startswith("/health")
+            ok = not is_silent.is_set() and self.path in told_well
             self.send_response(200 if ok else 503)
             self.send_header("Content-Length", "0")
             self.end_headers()
+            if fault == "dies" and self.path == "/health":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if fault == "is paused" and os.environ.get(GENERATES) != "false":
+                is_silent.set()
             if fault == "dies once" and starts == 1 and self.path == "/health":
                 os.kill(os.getpid(), signal.SIGKILL)
             if fault == "falls silent once" and starts == 1:

@@ -12,8 +12,9 @@ import pytest
 from swarm_sdk.config import nano_directory
 from swarm_sdk.errors import ConfigError
 from swarm_sdk.model_backend.model.config import k25
+from swarm_sdk.model_backend.serving import memory
 from swarm_sdk.model_backend.serving.memory import Gpu, Needs, choose_tp, find_gpus, needs_of
-from swarm_sdk.model_backend.serving.plan import Ask, Plan, plan
+from swarm_sdk.model_backend.serving.plan import HEALTH, Ask, Plan, plan
 from swarm_sdk.model_backend.weights.layout import stored_tensors
 from swarm_sdk.model_backend.weights.quantization import with_quantization
 
@@ -73,13 +74,71 @@ def test_more_copies_than_gpus_are_refused() -> None:
         choose_tp(needs, gpus_of(3, 80), servers=2, tp=2, dp=1, num_heads=64)
 
 
-def test_gpus_are_those_that_the_environment_shows(
-    gpus: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("visible", "found"),
+    [
+        (None, [0, 1, 2, 3]),
+        ("1,3", [1, 3]),
+        ("3, 1", [3, 1]),
+        ("GPU-22-aa,0", [2, 0]),
+        ("GPU-33", [3]),
+        ("", []),
+        ("-1", []),
+        ("1,-1,2", [1]),
+    ],
+)
+def test_gpus_are_those_that_the_environment_shows_in_its_order(
+    gpus: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    visible: str | None,
+    found: list[int],
 ) -> None:
     gpus(4)
-    assert [gpu.index for gpu in find_gpus()] == [0, 1, 2, 3]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,3")
-    assert [gpu.index for gpu in find_gpus()] == [1, 3]
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert [gpu.index for gpu in find_gpus()] == found
+
+
+@pytest.mark.parametrize("visible", ["7", "MIG-5c89", "GPU-"])
+def test_a_visible_gpu_that_nobody_knows_is_said_in_one_sentence(
+    gpus: Callable[..., None], monkeypatch: pytest.MonkeyPatch, visible: str
+) -> None:
+    gpus(4)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(ConfigError, match=f"CUDA_VISIBLE_DEVICES names '{visible}'"):
+        find_gpus()
+
+
+def test_a_gpu_whose_memory_is_not_told_is_said_in_one_sentence_unless_it_is_hidden(
+    gpus: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus(2, mebibytes="[N/A]")
+    with pytest.raises(ConfigError, match=r"does not tell the memory of GPU 0 .*'\[N/A\]'"):
+        find_gpus()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert find_gpus() == []
+
+
+def test_a_driver_that_hangs_is_said_in_one_sentence(
+    gpus: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus(1)
+    (tmp_path / "bin" / "nvidia-smi").write_text("#!/bin/sh\nexec sleep 30\n")
+    monkeypatch.setattr(memory, "ANSWERS_WITHIN_S", 0.2)
+    with pytest.raises(ConfigError, match=r"nvidia-smi has not answered for 0\.2 s"):
+        find_gpus()
+
+
+def test_memory_that_holds_cached_files_counts_as_free_on_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meminfo = tmp_path / "meminfo"
+    monkeypatch.setattr(memory, "MEMINFO", meminfo)
+    needs = Needs(weight_bytes=10**9, cache_bytes_per_token=1, context_tokens=1)
+    meminfo.write_text("MemTotal: 9000000 kB\nMemFree: 1000 kB\nMemAvailable: 1200000 kB\n")
+    memory.check_ram(needs, copies=1)
+    with pytest.raises(ConfigError, match=r"2 x 1.00 GB .* the 1.23 GB of memory"):
+        memory.check_ram(needs, copies=2)
 
 
 def test_one_server_gets_flags_that_fit_the_model(
@@ -96,7 +155,7 @@ def test_one_server_gets_flags_that_fit_the_model(
     assert value(made, "--attention-backend") == "triton"  # its cache is 128 + 32 wide
     assert value(made, "--tool-call-parser") == value(made, "--reasoning-parser") == "kimi_k2"
     assert value(made, "--ep-size") == "1"
-    assert server.environment == {"CUDA_VISIBLE_DEVICES": "0"}
+    assert server.environment == HEALTH | {"CUDA_VISIBLE_DEVICES": "0"}
     assert "--tp-size" not in server.command
 
 
@@ -175,7 +234,7 @@ def test_on_the_cpu_int4_is_refused_and_bf16_gets_plain_flags(
 ) -> None:
     made = plan(Ask(folder=nano_directory(), port=port, python=python, device="cpu"))
     assert value(made, "--attention-backend") == "torch_native"
-    assert made.servers[0].environment == {}
+    assert made.servers[0].environment == HEALTH
     folder = int4_folder(tmp_path / "int4")
     with pytest.raises(ConfigError, match=r"INT4 experts on GPUs only; .*--to bf16"):
         plan(Ask(folder=folder, port=port, python=python, device="cpu"))
@@ -208,6 +267,7 @@ def test_experts_of_a_tuned_shape_get_the_tiles_that_were_tuned(
     content["text_config"] |= {"n_routed_experts": 384, "moe_intermediate_size": 2048}
     (folder / "config.json").write_text(json.dumps(with_quantization(content, int4=int4)))
     (server,) = plan(Ask(folder=folder, port=port, python=python, tp=tp)).servers
+    assert "--moe-runner-backend" not in server.command  # SGLang chooses
     place = server.environment.get("SGLANG_MOE_CONFIG_DIR")
     assert (place is not None) == is_tuned
     if place is not None:

@@ -1,12 +1,14 @@
 """Servers that die, hang, never start and will not end, as real processes."""
 
+import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import anyio
@@ -98,8 +100,6 @@ async def test_a_dead_or_hung_server_is_started_again(
 async def test_a_server_that_never_starts_fails_with_the_end_of_its_log(
     ask: Ask, tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import dataclasses
-
     monkeypatch.setenv("STAND_IN", json.dumps({str(port): "never starts"}))
     watched = Watched(plan(ask), tmp_path, dataclasses.replace(PATIENCE, max_restarts=1))
     with pytest.raises(ServeFailed, match=r"ended with code 1 and was started 2 times") as caught:
@@ -110,9 +110,38 @@ async def test_a_server_that_never_starts_fails_with_the_end_of_its_log(
 
 
 @pytest.mark.anyio
-async def test_a_server_that_is_not_ready_in_time_fails(ask: Ask, tmp_path: Path) -> None:
-    import dataclasses
+async def test_deaths_before_the_first_answer_count_however_long_they_take(
+    ask: Ask, tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STAND_IN", json.dumps({str(port): "never starts"}))
+    patience = dataclasses.replace(PATIENCE, max_restarts=1, steady_s=0.0)
+    with anyio.fail_after(15), pytest.raises(ServeFailed, match="was started 2 times"):
+        await Watched(plan(ask), tmp_path, patience).run()
 
+
+@pytest.mark.anyio
+async def test_serving_long_enough_forgives_the_deaths_before(
+    ask: Ask, tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STAND_IN", json.dumps({str(port): "dies"}))
+    patience = dataclasses.replace(PATIENCE, max_restarts=1, steady_s=0.0)
+    watched = Watched(plan(ask), tmp_path, patience)
+    await watched.until(lambda: watched.kinds("server-0").count("ready") == 4)
+
+
+@pytest.mark.anyio
+async def test_a_server_that_is_paused_is_let_live(
+    ask: Ask, tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STAND_IN", json.dumps({str(port): "is paused"}))
+    watched = Watched(plan(ask), tmp_path)
+    with anyio.move_on_after(4):
+        await watched.run()
+    assert watched.kinds("server-0") == ["started", "ready", "stopped"]
+
+
+@pytest.mark.anyio
+async def test_a_server_that_is_not_ready_in_time_fails(ask: Ask, tmp_path: Path) -> None:
     patience = dataclasses.replace(PATIENCE, max_restarts=0, ready_s=0.0)
     with pytest.raises(ServeFailed, match="was not ready after 0 s"):
         await Watched(plan(ask), tmp_path, patience).run()
@@ -132,8 +161,6 @@ async def test_a_server_that_ignores_sigterm_is_killed(
 async def test_the_router_starts_after_the_servers_and_one_that_fails_stops_all(
     ask: Ask, tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import dataclasses
-
     monkeypatch.setenv("STAND_IN", json.dumps({str(port): "never starts"}))
     two = plan(dataclasses.replace(ask, servers=2))
     watched = Watched(two, tmp_path, dataclasses.replace(PATIENCE, max_restarts=0))
@@ -145,14 +172,29 @@ async def test_the_router_starts_after_the_servers_and_one_that_fails_stops_all(
     assert not any(is_alive(pid) for pid in pids(watched.marks))
 
 
-def swarm_serve(*arguments: str | Path) -> subprocess.Popen[str]:
+@pytest.mark.anyio
+async def test_the_router_is_ready_when_it_has_a_server_to_send_to(
+    ask: Ask, tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STAND_IN", json.dumps({str(port): "knows no server"}))
+    watched = Watched(plan(dataclasses.replace(ask, servers=2)), tmp_path)
+    with anyio.move_on_after(4):
+        await watched.run()
+    assert ("router", "waiting") in [(one.name, one.kind) for one in watched.told]
+    assert watched.ready_calls == 0
+
+
+def swarm_serve(
+    *arguments: str, cwd: Path | None = None, environment: Mapping[str, str] = {}
+) -> subprocess.Popen[str]:
     code = "from swarm_sdk.cli import main; main()"
     return subprocess.Popen(
-        [sys.executable, "-c", code, "serve", *map(str, arguments)],
+        [sys.executable, "-c", code, "serve", *arguments],
+        cwd=cwd,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"PYTHONSAFEPATH": "1"},
+        env=os.environ | {"PYTHONSAFEPATH": "1"} | environment,
     )
 
 
@@ -165,6 +207,7 @@ def test_the_command_serves_until_a_signal_and_leaves_no_server(
     assert process.stdout is not None
     told = json.loads(process.stdout.readline())
     assert told["url"] == f"http://127.0.0.1:{port}"
+    assert told["model"] == f"sglang:{told['url']}"
     pid = told["pids"]["server-0"]
     assert is_alive(pid)
     assert (tmp_path / "marks" / f"{port}.{pid}").read_text().endswith('"--random-seed", "7"]')
@@ -178,6 +221,24 @@ def test_the_command_serves_until_a_signal_and_leaves_no_server(
     assert "Traceback" not in said
 
 
+def test_several_servers_are_told_as_one_model_string_with_each_address_beside_the_router(
+    ask: Ask, tmp_path: Path, port: int
+) -> None:
+    folder = tmp_path / "mine"
+    shutil.copytree(nano_directory(), folder)
+    options = ("--port", port, "--python", ask.python, "--logs", tmp_path / "logs")
+    process = swarm_serve(str(folder), *map(str, options), "--servers", "2", "--json")
+    assert process.stdout is not None
+    told = json.loads(process.stdout.readline())
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    urls = ",".join(f"http://127.0.0.1:{port + number}" for number in (1, 2))
+    assert told["model"] == f"sglang:{urls}#{folder}"
+    assert told["url"] == f"http://127.0.0.1:{port}"
+    assert f"ready: --model '{told['model']}'\n" in said
+    assert f"chat completions: {told['url']}/v1\n" in said
+
+
 def test_the_command_says_what_does_not_fit_and_ends_with_2(
     ask: Ask, gpus: Callable[..., None], port: int
 ) -> None:
@@ -189,13 +250,56 @@ def test_the_command_says_what_does_not_fit_and_ends_with_2(
     assert said.count("\n") == 1
 
 
+def test_logs_that_cannot_be_written_are_one_sentence_before_anything_starts(
+    ask: Ask, tmp_path: Path, port: int
+) -> None:
+    (tmp_path / "file").touch()
+    options = ("--port", str(port), "--python", ask.python, "--logs", str(tmp_path / "file/logs"))
+    process = swarm_serve("nano", *options)
+    out, said = process.communicate(timeout=60)
+    assert (process.returncode, out) == (2, "")
+    assert said == (
+        f"swarm: --logs {tmp_path}/file/logs cannot be written (Not a directory); "
+        "give another folder\n"
+    )
+    assert pids(tmp_path / "marks") == []
+
+
+@pytest.mark.anyio
+async def test_a_python_that_is_gone_when_a_server_starts_fails_in_one_sentence(
+    ask: Ask, tmp_path: Path
+) -> None:
+    planned = plan(ask)
+    await anyio.Path(ask.python).unlink()
+    with pytest.raises(ServeFailed, match=r"server-0 cannot be kept running: .*No such file"):
+        await Watched(planned, tmp_path).run()
+
+
+@pytest.mark.parametrize("given", [".", "..", "../mine/"])
+def test_links_lie_in_a_folder_of_their_own_however_the_folder_is_given(
+    ask: Ask, tmp_path: Path, port: int, given: str
+) -> None:
+    folder, temporary = tmp_path / "mine", tmp_path / "temporary"
+    shutil.copytree(nano_directory(), folder)
+    (folder / "sub").mkdir()
+    temporary.mkdir()
+    process = swarm_serve(
+        *(given, "--port", str(port), "--python", ask.python, "--dry-run", "--json"),
+        cwd=folder / "sub" if given == ".." else folder,
+        environment={"TMPDIR": str(temporary)},
+    )
+    command = json.loads(process.communicate(timeout=60)[0])["commands"]["server-0"]
+    links = Path(command[command.index("--model-path") + 1])
+    assert links.name == "mine"
+    assert links.parent.parent == temporary
+    assert list(temporary.iterdir()) == []
+
+
 def test_a_dry_run_prints_the_commands_alone(ask: Ask, port: int) -> None:
     common = ("nano", "--port", str(port), "--python", ask.python, "--servers", "2", "--dry-run")
     out, said = swarm_serve(*common).communicate(timeout=60)
-    assert [line.split()[0] for line in out.splitlines()[:2]] == [
-        "CUDA_VISIBLE_DEVICES=0",
-        "CUDA_VISIBLE_DEVICES=1",
-    ]
+    for number in (0, 1):
+        assert f"CUDA_VISIBLE_DEVICES={number} " in out.splitlines()[number]
     assert "sglang_router.launch_router" in out.splitlines()[2]
     shown = json.loads(swarm_serve(*common, "--json").communicate(timeout=60)[0])
     assert set(shown["commands"]) == {"server-0", "server-1", "router"}

@@ -121,6 +121,23 @@ def test_a_folder_with_only_our_tokenizer_gets_the_servers(
         servable(bare, tmp_path / "other")
 
 
+def test_what_the_folder_has_is_never_written_through_its_links(
+    folder: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    tokenizer.save(mine)
+    for name in ("tokenizer.json", "processing_kimi_k25.py"):
+        (mine / name).write_text("mine")
+    before = {file.name: file.read_bytes() for file in mine.iterdir()}
+    made = servable(mine, tmp_path / "work")
+    assert {file.name: file.read_bytes() for file in mine.iterdir()} == before
+    for name in ("tokenizer.json", "processing_kimi_k25.py"):
+        assert (made / name).read_bytes() == (folder / name).read_bytes()
+    with pytest.raises(FileExistsError):
+        servable(mine, tmp_path / "work")
+
+
 def test_a_tokenizer_of_another_size_is_refused(
     tiny_model: KimiModel, tokenizer: Tokenizer
 ) -> None:
