@@ -110,7 +110,7 @@ def measure(parts: Parts, name: str, folder: Path, logs: Path, options: argparse
         flags.append("--enable-fp32-lm-head")
     if options.device == "cuda":
         flags += ["--mem-fraction-static", "0.5", "--context-length", "8192"]
-        flags += ["--cuda-graph-bs", "1", "8", "32"]
+        flags += ["--cuda-graph-bs", "1", "8", "32", "--max-running-requests", "256"]
     server = Server(
         folder,
         logs / f"agreement-{name}.log",

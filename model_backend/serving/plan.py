@@ -46,6 +46,10 @@ HEALTH = {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "false"}
 training step) makes none. A batch that hangs ends the server by SGLang's own --watchdog-timeout."""
 K25_CACHE = (512, 64)
 """Widths of the latent cache for which SGLang's own choice of attention kernels is made."""
+NARROW_CACHE_FLAGS = ("--attention-backend", "triton", "--max-running-requests", "256")
+"""For other widths, nano's among them. SGLang's own bound is 4,096 requests, with which 0.5.11 died
+of an illegal memory access while it warmed up, in four quiet starts of nano on an H200; with 256 it
+did not in two. The cause was not found."""
 MOE = Path(__file__).with_name("moe")
 """Tile shapes of SGLang's fused experts, laid out as ``SGLANG_MOE_CONFIG_DIR`` is read."""
 PROBE = (
@@ -158,7 +162,7 @@ def _server(
         flags += ["--max-total-tokens", str(4 * (ask.context_tokens or 8192))]
     else:
         if (text.kv_lora_rank, text.qk_rope_head_dim) != K25_CACHE:
-            flags += ["--attention-backend", "triton"]
+            flags += NARROW_CACHE_FLAGS
         flags += ["--enable-metrics"]
     if tp > 1:
         flags += ["--tp-size", str(tp)]

@@ -15,6 +15,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def everywhere(monkeypatch):
     """Let the operations take Triton's kernels on this machine."""
     monkeypatch.setattr(fused, "can_run", lambda x: x.dtype in fused.DTYPES)
+    monkeypatch.setattr(fused, "can_load_tiles", fused.can_run)
 
 
 def normal(*shape, seed=0):
@@ -95,6 +96,7 @@ def test_tiled_products_are_those_of_a_loop(counts):
     close(tiled.outer(y, x), looped.outer(y, x), **tolerances)
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="Triton's interpreter multiplies bfloat16 wrongly")
 @COUNTS
 def test_mixed_products_are_those_of_a_loop(counts):
     ends = torch.tensor(counts, device=DEVICE).cumsum(0).int()

@@ -153,6 +153,7 @@ def test_one_server_gets_flags_that_fit_the_model(
     assert server.command[:3] == (python, "-m", "sglang.launch_server")
     assert server.command[-2:] == extra
     assert value(made, "--attention-backend") == "triton"  # its cache is 128 + 32 wide
+    assert value(made, "--max-running-requests") == "256"
     assert value(made, "--tool-call-parser") == value(made, "--reasoning-parser") == "kimi_k2"
     assert value(made, "--ep-size") == "1"
     assert server.environment == HEALTH | {"CUDA_VISIBLE_DEVICES": "0"}
