@@ -11,7 +11,7 @@ absent. Masks are in loops of their own, so that most blocks have none.
 
 # mypy: ignore-errors
 # pyright: reportMissingImports=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
-# pyright: reportPossiblyUnbound=false
+# pyright: reportPossiblyUnboundVariable=false
 # ruff: noqa: ANN001, ANN201, ANN202
 
 from __future__ import annotations
