@@ -1,6 +1,7 @@
 """HTTP to a model server: kept connections, typed errors, one rule for asking again.
 
-    Retry.run(attempt) ──> ServerClient.post(path, json) ──> Pace ──> Pool (kept connections)
+    Retry.run(attempt) ──> ServerClient.post(path, json) ──> Pool (kept connections)
+                                                          └─ through Pace, if it samples
 
 What went wrong decides the error, and the error decides whether to ask again:
 
@@ -175,17 +176,24 @@ class ServerClient:
         self._pools: WeakKeyDictionary[asyncio.AbstractEventLoop, Pool] = WeakKeyDictionary()
 
     async def post(
-        self, path: str, payload: Mapping[str, Any], *, headers: Mapping[str, str] | None = None
+        self,
+        path: str,
+        payload: Mapping[str, Any],
+        *,
+        headers: Mapping[str, str] | None = None,
+        is_paced: bool = False,
     ) -> Any:
         """Send ``payload`` once and give back the parsed answer.
 
-        ``headers`` go with this call beside those of all; their values are percent-encoded.
+        ``headers`` go with this call beside those of all; their values are percent-encoded. A call
+        that samples ``is_paced``: it waits for its place. One that controls the server must not, or
+        it would wait for the very calls that it is to pause, abort or let go on.
 
         Raises:
             ModelError: as the table at the top of this file; ``status`` where there was one.
             ContextOverflow: the server said that the prompt does not fit.
         """
-        return await self._call("POST", path, payload, headers=headers)
+        return await self._call("POST", path, payload, headers=headers, is_paced=is_paced)
 
     async def command(self, path: str, payload: Mapping[str, Any]) -> None:
         """Send ``payload`` once; of the answer only the status counts. Raises as ``post``."""
@@ -199,14 +207,14 @@ class ServerClient:
         *,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        """Send ``payload`` once; ``tell`` gets each server-sent event, parsed, as it comes.
+        """Send ``payload`` once, paced; ``tell`` gets each server-sent event, parsed, as it comes.
 
         Raises:
             ModelError, ContextOverflow: as ``post``; also where an event tells of an error, which
                 servers send under status 200 once they have begun.
         """
         events = _Events(self.base_url + path, tell)
-        await self._call("POST", path, payload, events.feed, headers=headers)
+        await self._call("POST", path, payload, events.feed, headers=headers, is_paced=True)
         events.end()
 
     async def get(self, path: str) -> Any:
@@ -229,10 +237,11 @@ class ServerClient:
         on_body: Callable[[bytes], None] | None = None,
         *,
         headers: Mapping[str, str] | None = None,
+        is_paced: bool = False,
     ) -> Any:
         pool, pace = self._connections()
-        if method == "GET":
-            return await self._send(pool, method, path, payload)
+        if not is_paced:
+            return await self._send(pool, method, path, payload, on_body, headers)
         began_s = await pace.enter()
         try:
             answer = await self._send(pool, method, path, payload, on_body, headers)

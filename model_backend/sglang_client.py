@@ -383,7 +383,7 @@ class SglangEngine:
         headers = {_ROUTING_HEADER: routing_key} if routing_key else None
         try:
             if tell is None:
-                return await client.post("/generate", body, headers=headers)
+                return await client.post("/generate", body, headers=headers, is_paced=True)
             return await _streamed(client, body, tell, headers)
         except anyio.get_cancelled_exc_class():
             with anyio.move_on_after(_ABORT_WITHIN_S, shield=True):
