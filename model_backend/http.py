@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 AnswerT = TypeVar("AnswerT")
 
 _RETRYABLE_STATUSES: Final = frozenset({408, 429, 500, 502, 503, 504})
-_OVERLOADED: Final = frozenset({429, 503})
+OVERLOADED: Final = frozenset({429, 503})
 """What slows down all calls of the process to the server."""
 _LONGEST_QUOTE: Final = 400
 """Characters of a server's error message that ours repeats."""
@@ -246,7 +246,7 @@ class ServerClient:
         try:
             answer = await self._send(pool, method, path, payload, on_body, headers)
         except _BusyError as error:
-            if error.status in _OVERLOADED:
+            if error.status in OVERLOADED:
                 pace.overloaded(began_s, error.retry_after_s)
             raise
         finally:

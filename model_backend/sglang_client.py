@@ -6,8 +6,9 @@
     cancelled               ──> POST /abort_request {rid}, and the connection closes
 
     before the first call of a server    its tokenizer is compared with ours, then never again
-    no answer, or cut off                the next server, at once; its dialogues stay there
-    429, 503 …                           the same server again, later (``Retry``, ``Pace``)
+    no answer, or cut off; 500, 502 …    the next server, at once; its dialogues stay there
+    429, 503                             the same server again, later (``Retry``, ``Pace``); with
+                                         the last try the next one
 
 What the log-probabilities are (SGLang 0.5.11 and 0.5.23, ``layers/sampler.py``):
 log softmax(logits / T) of the sampled id *before* top-p cuts the tail; at temperature 0
@@ -40,7 +41,7 @@ from swarm_sdk.errors import ConfigError, ModelError
 from swarm_sdk.model_backend.chat.dialogue import TokenModel
 from swarm_sdk.model_backend.chat.template import ChatFormat
 from swarm_sdk.model_backend.chat.tokenizer import Tokenizer
-from swarm_sdk.model_backend.http import Retry, ServerClient, data_url
+from swarm_sdk.model_backend.http import OVERLOADED, Retry, ServerClient, data_url
 from swarm_sdk.model_backend.model.config_json import read_json, section
 from swarm_sdk.model_backend.routing import Router
 from swarm_sdk.model_backend.sglang_wire import (
@@ -231,8 +232,16 @@ class SglangEngine:
         tell: Callable[[Piece], None] | None,
     ) -> Generation:
         payload = self._payload(token_ids, sampling, images)
+        num_tries = 0
+
+        async def once() -> Generation:
+            nonlocal num_tries
+            num_tries += 1
+            is_last = num_tries == self._retry.attempts
+            return await self._anywhere(payload, sampling, tell, is_last=is_last)
+
         try:
-            return await self._retry.run(lambda: self._anywhere(payload, sampling, tell))
+            return await self._retry.run(once)
         except ModelError:
             if self._is_closing:
                 return Generation(token_ids=(), logprobs=(), finish_reason="abort")
@@ -278,22 +287,34 @@ class SglangEngine:
         return payload
 
     async def _anywhere(
-        self, payload: dict[str, Any], sampling: Sampling, tell: Callable[[Piece], None] | None
+        self,
+        payload: dict[str, Any],
+        sampling: Sampling,
+        tell: Callable[[Piece], None] | None,
+        *,
+        is_last: bool,
     ) -> Generation:
-        """One try: at the key's server, and at the others where that one gives no answer."""
+        """One try: at the key's server, and at the others where that one fails.
+
+        One that is busy is waited for, since it has the prompt cached; but not with the last try.
+        """
         tried: frozenset[int] = frozenset()
         failure: ModelError | None = None
         while (number := self._router.pick(sampling.routing_key, beside=tried)) is not None:
             try:
                 generation = await self._at(number, payload, sampling, tell)
             except ModelError as error:
-                if not error.retryable or error.status is not None or self._is_closing:
+                is_waited_for = error.status in OVERLOADED and not is_last
+                if not error.retryable or is_waited_for or self._is_closing:
                     raise
-                self._router.failed(number)
+                if error.status is None:
+                    self._router.failed(number)
                 tried, failure = tried | {number}, error
                 if len(self._clients) > 1:
                     _log.warning("%s; its calls go on elsewhere", error)
             else:
+                for other in tried:  # the fault was theirs and not the call's
+                    self._router.failed(other)
                 self._router.answered(number)
                 return generation
             finally:

@@ -161,12 +161,12 @@ async def test_a_call_that_controls_the_server_waits_for_no_place_and_takes_none
         with pytest.raises(ModelError):
             await call()
         pace._paused_until_s = 0.0
+        server.asked.clear()
         async with anyio.create_task_group() as tasks:
             for _ in range(3):
                 tasks.start_soon(call)
             with anyio.fail_after(2):
-                while len(server.bodies) < 2:
-                    await anyio.sleep(0.01)
+                await server.asked.wait()
                 assert (pace.num_in_flight, pace.num_waiting) == (1, 2)
                 server.steps = [wire.replies({}, status=503)]
                 with pytest.raises(ModelError, match="503"):

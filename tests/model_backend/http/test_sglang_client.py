@@ -485,6 +485,59 @@ async def test_a_server_that_dies_in_a_call_gives_its_dialogues_to_the_others(wi
     assert "go on elsewhere" in caplog.text
 
 
+def two_servers(one, two, **settings):
+    """An engine over two servers that pass for SGLang's."""
+    for server in (one, two):
+        if not server.answers_get:
+            server.be(**serves())
+    return SglangEngine([one.base_url, two.base_url], model=NANO, retry=QUICK, **settings)
+
+
+@pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
+@pytest.mark.anyio
+async def test_a_server_that_answers_with_errors_gives_its_dialogues_to_the_others(wire, status):
+    broken = wire.replies({"detail": "CUDA error"}, status=status)
+    async with wire.serving(broken) as one, wire.serving(wire.replies(answer())) as two:
+        engine = two_servers(one, two)
+        for number in range(6):
+            sampling = Sampling(routing_key=f"dialogue {number}")
+            assert (await engine.generate((1,), sampling)).token_ids == (11, 12, 2)
+        await engine.aclose()
+    assert len(two.bodies) == 6
+    # A busy server is waited for as often as may be tried; then it rests like a broken one.
+    assert len(one.bodies) == (QUICK.attempts if status in {429, 503} else 1)
+
+
+@pytest.mark.anyio
+async def test_a_busy_server_keeps_its_dialogues(wire):
+    busy, reply = wire.replies({}, status=503), wire.replies(answer())
+    async with wire.serving(busy, reply) as one, wire.serving(reply) as two:
+        engine = two_servers(one, two)
+        await engine.generate((1,), Sampling(routing_key="mine"))
+        await engine.aclose()
+    assert (len(one.bodies), len(two.bodies)) == (2, 0)
+
+
+@pytest.mark.anyio
+async def test_a_call_that_every_server_fails_sends_none_of_them_to_rest(wire):
+    async def step(request):
+        poison = 9 in (await request.json())["input_ids"]
+        return web.json_response(answer(), status=500 if poison else 200)
+
+    async with wire.serving(step) as one, wire.serving(step) as two:
+        engine = two_servers(one, two)
+        with pytest.raises(ModelError, match="answered 500"):
+            await engine.generate((9,), Sampling(routing_key="bad"))
+        for number in range(4):
+            await engine.generate((1,), Sampling(routing_key=f"{number}"))
+        async with anyio.create_task_group() as tasks:
+            for number in range(4):
+                tasks.start_soon(engine.generate, (2,), Sampling(routing_key=f"new {number}"))
+        await engine.aclose()
+    for server in (one, two):
+        assert len([body for body in server.bodies if body["input_ids"] == [2]]) == 2
+
+
 @pytest.mark.anyio
 async def test_where_all_servers_are_gone_the_call_ends_typed_after_its_retries(wire):
     engine = SglangEngine(["http://127.0.0.1:9", "http://127.0.0.1:1"], retry=QUICK)
