@@ -52,6 +52,7 @@ _LONGEST_QUOTE: Final = 400
 _LIMIT_PATTERNS: Final = (
     r"context (?:length|window|size)(?: of| is)?\W{0,4}(\d+)",
     r"limit of (\d+) tokens",
+    r"allowed length \((\d+) tokens",
     r"token limit\W{1,3}(\d+)",
     r"n_ctx\W{1,4}(\d+)",
 )
@@ -60,7 +61,7 @@ _PROMPT_PATTERNS: Final = (
     r"(\d+) (?:tokens )?in the (?:messages|prompt)",
     r"resulted in (\d+) tokens",
     r"has (\d+) input tokens",
-    r"input \((\d+) tokens",
+    r"(?:input|Input length) \((\d+) tokens",
     r"n_prompt_tokens\W{1,4}(\d+)",
     r"requested\W{1,3}(?:a total of )?(\d+)",
 )

@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import anyio
 
-from swarm_sdk.errors import ConfigError, ModelError
+from swarm_sdk.errors import ConfigError, ContextOverflow, ModelError
 from swarm_sdk.model_backend.chat.dialogue import TokenModel
 from swarm_sdk.model_backend.chat.template import ChatFormat
 from swarm_sdk.model_backend.chat.tokenizer import Tokenizer
@@ -107,6 +107,18 @@ def spelled(texts: Sequence[str]) -> str:
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Call:
+    """What is asked, whichever server is asked."""
+
+    payload: dict[str, Any]
+    num_prompt_tokens: int
+    """Those of pictures included, of which the payload has one a picture."""
+    sampling: Sampling
+    tell: Callable[[Piece], None] | None
+    """Gets the tokens as they come, if set."""
+
+
 class SglangEngine:
     """``Engine`` over the native API of one SGLang server, or of several with the same weights."""
 
@@ -159,6 +171,8 @@ class SglangEngine:
         self, token_ids: Sequence[int], sampling: Sampling, images: Sequence[Image] = ()
     ) -> Generation:
         """Continue ``token_ids``; see ``Engine.generate``. The stop token is among the ids.
+
+        With a ``model``, ``max_tokens`` is cut to the room that is left in the server's context.
 
         Raises:
             ConfigError: no token ids, an id outside the vocabulary, images for a model or a server
@@ -231,14 +245,18 @@ class SglangEngine:
         images: Sequence[Image],
         tell: Callable[[Piece], None] | None,
     ) -> Generation:
-        payload = self._payload(token_ids, sampling, images)
+        call = _Call(
+            payload=self._payload(token_ids, sampling, images),
+            num_prompt_tokens=len(token_ids),
+            sampling=sampling,
+            tell=tell,
+        )
         num_tries = 0
 
         async def once() -> Generation:
             nonlocal num_tries
             num_tries += 1
-            is_last = num_tries == self._retry.attempts
-            return await self._anywhere(payload, sampling, tell, is_last=is_last)
+            return await self._anywhere(call, is_last=num_tries == self._retry.attempts)
 
         try:
             return await self._retry.run(once)
@@ -286,23 +304,16 @@ class SglangEngine:
             payload["image_data"] = [data_url(image) for image in images]
         return payload
 
-    async def _anywhere(
-        self,
-        payload: dict[str, Any],
-        sampling: Sampling,
-        tell: Callable[[Piece], None] | None,
-        *,
-        is_last: bool,
-    ) -> Generation:
+    async def _anywhere(self, call: _Call, *, is_last: bool) -> Generation:
         """One try: at the key's server, and at the others where that one fails.
 
         One that is busy is waited for, since it has the prompt cached; but not with the last try.
         """
         tried: frozenset[int] = frozenset()
         failure: ModelError | None = None
-        while (number := self._router.pick(sampling.routing_key, beside=tried)) is not None:
+        while (number := self._router.pick(call.sampling.routing_key, beside=tried)) is not None:
             try:
-                generation = await self._at(number, payload, sampling, tell)
+                generation = await self._at(number, call)
             except ModelError as error:
                 is_waited_for = error.status in OVERLOADED and not is_last
                 if not error.retryable or is_waited_for or self._is_closing:
@@ -322,35 +333,21 @@ class SglangEngine:
         assert failure is not None
         raise failure
 
-    async def _at(
-        self,
-        number: int,
-        payload: dict[str, Any],
-        sampling: Sampling,
-        tell: Callable[[Piece], None] | None,
-    ) -> Generation:
+    async def _at(self, number: int, call: _Call) -> Generation:
         """One try at one server."""
-        shape, experts_from = None, sampling.experts_from or 0
+        sampling, payload, shape = call.sampling, call.payload, None
         if self._model is not None or sampling.seed is not None or sampling.json_schema:
-            shape = await self._fit(number, payload, sampling)
-            server = self._servers[number]
-            if server is not None and not server.has_grammar:
-                params = payload["sampling_params"]
-                params = {name: params[name] for name in params if name != "json_schema"}
-                payload = payload | {"sampling_params": params}
-        if shape is not None:
-            asked = {"return_routed_experts": True, "routed_experts_start_len": experts_from}
-            payload = payload | asked
+            payload, shape = self._fitted(number, await self._told(number), call)
         pieces: list[Piece] = []
 
         def keep(piece: Piece) -> None:
             pieces.append(piece)
-            if tell is not None:
-                tell(piece)
+            if call.tell is not None:
+                call.tell(piece)
 
-        listener = None if tell is None else keep
+        listener = None if call.tell is None else keep
         answer = await self._post(number, payload, listener, sampling.routing_key)
-        generation = generation_of(answer, shape=shape, experts_from=experts_from)
+        generation = generation_of(answer, shape=shape, experts_from=sampling.experts_from or 0)
         if pieces and not generation.version_spans:  # SGLang 0.5.11 tells them in the pieces only
             generation = replace(generation, version_spans=spans_of(pieces))
         if generation.finish_reason == "abort" and not self._is_closing:
@@ -359,30 +356,50 @@ class SglangEngine:
             raise ModelError(f"{url} ended a request before its time", status=503, retryable=True)
         return generation
 
-    async def _fit(
-        self, number: int, payload: dict[str, Any], sampling: Sampling
-    ) -> ExpertsShape | None:
-        """Check that the server can do what is asked of it; the shape of experts it records.
-
-        Raises:
-            ConfigError: it cannot.
-        """
+    async def _told(self, number: int) -> SglangServer:
+        """What a server tells of itself; asked before its first call."""
         if self._servers[number] is None:
             async with self._asking:
                 if self._servers[number] is None:  # another call may have asked meanwhile
                     self._servers[number] = await self._ask_server(number)
-        server, url = self._servers[number], self._clients[number].base_url
+        server = self._servers[number]
         assert server is not None
-        if "image_data" in payload and not server.has_vision:
+        return server
+
+    def _fitted(
+        self, number: int, server: SglangServer, call: _Call
+    ) -> tuple[dict[str, Any], ExpertsShape | None]:
+        """Build what a server is sent, by what it can do; the shape of the experts it records.
+
+        Raises:
+            ConfigError: it cannot do what is asked.
+            ContextOverflow: the prompt leaves no room in its context.
+        """
+        url, sampling = self._clients[number].base_url, call.sampling
+        if "image_data" in call.payload and not server.has_vision:
             raise ConfigError(f"{url} serves a model without vision; send it no images")
+        room = server.context_tokens - call.num_prompt_tokens
+        if room <= 0:
+            raise ContextOverflow(
+                num_prompt_tokens=call.num_prompt_tokens, limit_tokens=server.context_tokens
+            )
+        params = call.payload["sampling_params"] | {
+            "max_new_tokens": min(sampling.max_tokens, room)
+        }
         if sampling.json_schema and not server.has_grammar:
             self._warn(f"{url} has no grammar and reads over JSON schemas; start it with one")
+            del params["json_schema"]
         if sampling.seed is not None and not server.honours_seeds:
             self._warn(
                 f"{url} ignores seeds; start it with --enable-deterministic-inference to have them"
             )
-        wants = self._model is not None and sampling.experts_from is not None
-        return self._model.experts if self._model and wants and server.records_experts else None
+        payload = call.payload | {"sampling_params": params}
+        wants_experts = sampling.experts_from is not None and server.records_experts
+        shape = self._model.experts if self._model is not None and wants_experts else None
+        if shape is not None:
+            payload["return_routed_experts"] = True
+            payload["routed_experts_start_len"] = sampling.experts_from
+        return payload, shape
 
     def _warn(self, sentence: str) -> None:
         """Log a warning, the first time that it is due."""

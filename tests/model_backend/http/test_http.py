@@ -216,6 +216,8 @@ def test_wrong_settings_are_refused_at_once(settings, url):
 
 OVERFLOWS = """\
 The input ({p} tokens) is longer than the model's context length ({m} tokens).
+Input length ({p} tokens) exceeds the maximum allowed length ({m} tokens). Use a shorter input or \
+enable --allow-auto-truncate.
 Requested token count exceeds the model's maximum context length of {m} tokens. You requested a \
 total of 99999999 tokens: {p} tokens from the input messages and 5 tokens for the completion.
 This model's maximum context length is {m} tokens. However, your messages resulted in {p} tokens. \

@@ -42,7 +42,9 @@ FACTS = {
 
 def told(**changes):
     """``FACTS`` with other values."""
-    return {path: {k: changes.get(k, v) for k, v in facts.items()} for path, facts in FACTS.items()}
+    found = {path: facts | changes for path, facts in FACTS.items()}
+    found["/v1/models"] = {"data": [{"max_model_len": changes.get("max_model_len", 8192)}]}
+    return found
 
 
 def serves(tokenizer=TOKENIZER, **changes):
@@ -139,6 +141,20 @@ async def test_an_overflow_is_typed_and_not_tried_again(wire):
             await generate(server)
     assert (caught.value.num_prompt_tokens, caught.value.limit_tokens) == (9000, 8192)
     assert len(server.bodies) == 1
+
+
+@pytest.mark.anyio
+async def test_an_answer_is_cut_to_the_room_that_the_servers_context_leaves(wire):
+    async with wire.serving(wire.replies(answer())) as server:
+        server.be(**serves(max_model_len=12))
+        for num_asked in (4096, 3):
+            await generate(server, range(8), Sampling(max_tokens=num_asked), model=NANO)
+        # A picture counts as what it takes, not as the one placeholder that is sent.
+        await generate(server, (1, *[PAD] * 9), images=(Image(b"x"),), model=NANO)
+        with pytest.raises(ContextOverflow) as caught:
+            await generate(server, range(12), model=NANO)
+    assert [body["sampling_params"]["max_new_tokens"] for body in server.bodies] == [4, 3, 2]
+    assert (caught.value.num_prompt_tokens, caught.value.limit_tokens) == (12, 12)
 
 
 @pytest.mark.anyio
