@@ -5,7 +5,8 @@
     stream(…, tell)         <── the same, in pieces
     cancelled               ──> POST /abort_request {rid}, and the connection closes
 
-    before the first call of a server    its tokenizer is compared with ours, then never again
+    before the first call of a server,   its tokenizer is compared with ours
+    and after a connection was lost
     no answer, or cut off; 500, 502 …    the next server, at once; its dialogues stay there
     429, 503                             the same server again, later (``Retry``, ``Pace``); with
                                          the last try the next one
@@ -31,13 +32,13 @@ import hashlib
 import logging
 import secrets
 import uuid
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import anyio
 
-from swarm_sdk.errors import ConfigError, ContextOverflow, ModelError
+from swarm_sdk.errors import ConfigError, ContextOverflow, ModelError, SwarmError
 from swarm_sdk.model_backend.chat.dialogue import TokenModel
 from swarm_sdk.model_backend.chat.template import ChatFormat
 from swarm_sdk.model_backend.chat.tokenizer import Tokenizer
@@ -107,6 +108,16 @@ def spelled(texts: Sequence[str]) -> str:
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()
 
 
+@dataclass(slots=True)
+class _Known:
+    """What is known of one server."""
+
+    told: SglangServer | None = None
+    asking: anyio.Lock = field(default_factory=anyio.Lock)
+    failure: SwarmError | None = None
+    """Why it was last asked in vain."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Call:
     """What is asked, whichever server is asked."""
@@ -154,8 +165,7 @@ class SglangEngine:
         self._running: dict[str, tuple[int, anyio.Event]] = {}
         """Requests by id: at which server, and an event that is set when the request ends."""
         self._is_closing = False
-        self._servers: list[SglangServer | None] = [None] * len(urls)
-        self._asking = anyio.Lock()
+        self._known = [_Known() for _ in urls]
         self._warned: set[str] = set()
 
     @property
@@ -196,18 +206,13 @@ class SglangEngine:
         return await self._generate(token_ids, sampling, images, tell)
 
     async def server(self, number: int = 0) -> SglangServer:
-        """Ask a server what it serves, and compare its tokenizer; asked once.
+        """Ask a server what it serves, and compare its tokenizer; not again while it answers.
 
         Raises:
             ConfigError: its tokenizer is not that of ``model``.
             ModelError: it does not answer, or is no SGLang server.
         """
-        async with self._asking:
-            told = self._servers[number]
-            if told is None:
-                told = await self._retry.run(lambda: self._ask_server(number))
-                self._servers[number] = told
-        return told
+        return await self._retry.run(lambda: self._told(number))
 
     async def are_healthy(self) -> tuple[bool, ...]:
         """Whether each server answers ``/health`` in 5 s; no retries."""
@@ -320,6 +325,7 @@ class SglangEngine:
                     raise
                 if error.status is None:
                     self._router.failed(number)
+                    self._known[number].told = None  # another may answer there next
                 tried, failure = tried | {number}, error
                 if len(self._clients) > 1:
                     _log.warning("%s; its calls go on elsewhere", error)
@@ -357,14 +363,20 @@ class SglangEngine:
         return generation
 
     async def _told(self, number: int) -> SglangServer:
-        """What a server tells of itself; asked before its first call."""
-        if self._servers[number] is None:
-            async with self._asking:
-                if self._servers[number] is None:  # another call may have asked meanwhile
-                    self._servers[number] = await self._ask_server(number)
-        server = self._servers[number]
-        assert server is not None
-        return server
+        """What a server tells of itself; calls that need it at once share one answer or failure."""
+        known = self._known[number]
+        if known.told is None:
+            failure_before = known.failure
+            async with known.asking:
+                if known.told is None:
+                    if known.failure is not None and known.failure is not failure_before:
+                        raise known.failure  # of a call that asked while this one waited
+                    try:
+                        known.told = await self._ask_server(number)
+                    except SwarmError as error:
+                        known.failure = error
+                        raise
+        return known.told
 
     def _fitted(
         self, number: int, server: SglangServer, call: _Call

@@ -52,6 +52,13 @@ def serves(tokenizer=TOKENIZER, **changes):
     return {"answers_get": told(**changes), "spell": tokenizer.decode}
 
 
+def another_tokenizer():
+    """Ours with two tokens changed about."""
+    ranks = sorted(TOKENIZER.ranks, key=TOKENIZER.ranks.__getitem__)
+    ranks[300], ranks[301] = ranks[301], ranks[300]
+    return Tokenizer({token: rank for rank, token in enumerate(ranks)})
+
+
 def answer(ids=(11, 12, 2), finish=None, **info):
     """What ``/generate`` returns; only the parts that count."""
     return {
@@ -268,11 +275,8 @@ def test_an_answer_that_would_spoil_the_record_is_refused(broken, sentence):
 
 @pytest.mark.anyio
 async def test_another_tokenizer_behind_the_address_is_refused_before_any_id_is_sent(wire):
-    ranks = sorted(TOKENIZER.ranks, key=TOKENIZER.ranks.__getitem__)
-    ranks[300], ranks[301] = ranks[301], ranks[300]
-    other = Tokenizer({token: rank for rank, token in enumerate(ranks)})
     async with wire.serving(wire.replies(answer())) as server:
-        server.be(**serves(other))
+        server.be(**serves(another_tokenizer()))
         with pytest.raises(ConfigError, match="tokenizer is another than ours"):
             await generate(server, model=NANO)
     assert server.bodies == []
@@ -552,6 +556,41 @@ async def test_a_call_that_every_server_fails_sends_none_of_them_to_rest(wire):
         await engine.aclose()
     for server in (one, two):
         assert len([body for body in server.bodies if body["input_ids"] == [2]]) == 2
+
+
+@pytest.mark.anyio
+async def test_the_first_calls_of_a_silent_server_wait_for_one_answer_together(wire):
+    reply = wire.replies(answer())
+    async with wire.serving(reply) as one, wire.serving(reply) as two:
+        engine = two_servers(one, two, timeout_s=0.4)
+        two.is_silent = True
+        start_s = anyio.current_time()
+        async with anyio.create_task_group() as tasks:
+            for number in range(8):
+                tasks.start_soon(engine.generate, (1,), Sampling(routing_key=f"{number}"))
+        taken_s = anyio.current_time() - start_s
+        await engine.aclose()
+    assert len(one.bodies) == 8
+    assert taken_s < 0.8
+
+
+@pytest.mark.anyio
+async def test_a_server_is_asked_again_what_it_serves_after_a_connection_was_lost(wire):
+    async def restarts(request: web.Request) -> web.StreamResponse:
+        server.be(**serves(another_tokenizer()))
+        request.transport.abort()
+        return web.Response()
+
+    reply = wire.replies(answer())
+    async with wire.serving(reply) as server:
+        server.be(**serves())
+        engine = SglangEngine(server.base_url, model=NANO, retry=QUICK)
+        await engine.generate((1,), DEFAULT)
+        server.steps = [restarts, restarts, reply]
+        with pytest.raises(ConfigError, match="tokenizer is another than ours"):
+            await engine.generate((2,), DEFAULT)
+        await engine.aclose()
+    assert server.bodies[-1]["input_ids"] == [2]
 
 
 @pytest.mark.anyio
