@@ -213,9 +213,14 @@ class ServerClient:
         Raises:
             ModelError, ContextOverflow: as ``post``; also where an event tells of an error, which
                 servers send under status 200 once they have begun.
+            Exception: what ``tell`` raised; the connection is closed at once.
         """
         events = _Events(self.base_url + path, tell)
-        await self._call("POST", path, payload, events.feed, headers=headers, is_paced=True)
+        try:
+            await self._call("POST", path, payload, events.feed, headers=headers, is_paced=True)
+        except ModelError:
+            if events.failure is None:
+                raise
         events.end()
 
     async def get(self, path: str) -> Any:
@@ -327,36 +332,37 @@ class _Events:
         self._url, self._tell = url, tell
         self._open = b""
         """A line that has not come to its end."""
-        self._failure: Exception | None = None
+        self.failure: Exception | None = None
+        """What ended the stream before its time."""
         self._is_done = False
 
     def feed(self, body: bytes) -> None:
-        """Take a part of the body."""
+        """Take a part of the body; what is raised here closes the connection."""
         *lines, self._open = (self._open + body).split(b"\n")
-        for line in lines:
-            if not line.startswith(b"data:") or self._failure is not None:
-                continue
-            data = line[5:].strip()
-            if data == b"[DONE]":
-                self._is_done = True
-                continue
-            try:
-                event = from_json(data)
-            except ValueError:
-                self._failure = ModelError(f"{self._url} sent an event that is not JSON")
-                continue
-            if isinstance(event, dict) and "error" in event:
-                self._failure = _event_error(self._url, data.decode("utf-8", errors="replace"))
-                continue
-            try:
-                self._tell(event)
-            except Exception as error:  # noqa: BLE001 - the boundary: the caller's code; see end()
-                self._failure = error
+        try:
+            for line in lines:
+                if line.startswith(b"data:"):
+                    self._take(line[5:].strip())
+        except Exception as error:
+            self.failure = error
+            raise
+
+    def _take(self, data: bytes) -> None:
+        if data == b"[DONE]":
+            self._is_done = True
+            return
+        try:
+            event = from_json(data)
+        except ValueError as error:
+            raise ModelError(f"{self._url} sent an event that is not JSON") from error
+        if isinstance(event, dict) and "error" in event:
+            raise _event_error(self._url, data.decode("utf-8", errors="replace"))
+        self._tell(event)
 
     def end(self) -> None:
         """Raise what an event told of, or ``tell`` raised; or that the last one did not come."""
-        if self._failure is not None:
-            raise self._failure
+        if self.failure is not None:
+            raise self.failure
         if not self._is_done:
             raise ModelError(f"the stream of {self._url} broke before its end", retryable=True)
 

@@ -201,7 +201,8 @@ class SglangEngine:
         """As ``generate``, and ``tell`` gets the tokens as they come.
 
         Costs the server and the client more than ``generate`` does. What ``tell`` raises ends the
-        call. The versions in ``Generation.version_spans`` are known from any server here.
+        call and aborts the request. The versions in ``Generation.version_spans`` are known from any
+        server here.
         """
         return await self._generate(token_ids, sampling, images, tell)
 
@@ -250,6 +251,7 @@ class SglangEngine:
         images: Sequence[Image],
         tell: Callable[[Piece], None] | None,
     ) -> Generation:
+        self._check_open()
         call = _Call(
             payload=self._payload(token_ids, sampling, images),
             num_prompt_tokens=len(token_ids),
@@ -318,6 +320,7 @@ class SglangEngine:
         failure: ModelError | None = None
         while (number := self._router.pick(call.sampling.routing_key, beside=tried)) is not None:
             try:
+                self._check_open()
                 generation = await self._at(number, call)
             except ModelError as error:
                 is_waited_for = error.status in OVERLOADED and not is_last
@@ -413,6 +416,10 @@ class SglangEngine:
             payload["routed_experts_start_len"] = sampling.experts_from
         return payload, shape
 
+    def _check_open(self) -> None:
+        if self._is_closing:
+            raise ModelError("the engine is closed; make a new one")
+
     def _warn(self, sentence: str) -> None:
         """Log a warning, the first time that it is due."""
         if sentence not in self._warned:
@@ -435,7 +442,9 @@ class SglangEngine:
             if tell is None:
                 return await client.post("/generate", body, headers=headers, is_paced=True)
             return await _streamed(client, body, tell, headers)
-        except anyio.get_cancelled_exc_class():
+        except ModelError:
+            raise
+        except BaseException:  # cancelled, or what ``tell`` raised
             with anyio.move_on_after(_ABORT_WITHIN_S, shield=True):
                 await self._abort(number, request_id)
             raise
@@ -542,21 +551,22 @@ async def _streamed(
     headers: dict[str, str] | None,
 ) -> Any:
     """The answer of one streamed request; its pieces go to ``tell`` on the way."""
-    answers: list[Any] = []
+    last: Any = None
+    pieces: list[Piece] = []
     num_known = 0
 
     def take(answer: Any) -> None:
-        nonlocal num_known
-        piece = piece_of(answer, num_known)
-        answers.append(answer)
+        nonlocal last, num_known
+        piece, last = piece_of(answer, num_known), answer
         if piece.token_ids:
+            pieces.append(piece)
             num_known += len(piece.token_ids)
             tell(piece)
 
     await client.stream("/generate", {**body, "stream": True}, take, headers=headers)
-    if not answers:
+    if last is None:
         raise ModelError(f"{client.base_url} sent a stream without an answer", retryable=True)
-    return joined(answers)
+    return joined(last, pieces)
 
 
 async def _compare_tokenizer(

@@ -5,6 +5,7 @@ import base64
 import json
 import logging
 import struct
+import tracemalloc
 
 import anyio
 import pytest
@@ -219,12 +220,41 @@ async def test_closing_ends_running_calls_with_an_abort(wire):
 
 
 @pytest.mark.anyio
+async def test_a_call_that_waits_to_be_tried_again_sends_nothing_after_closing(wire):
+    found = []
+    async with wire.serving(wire.replies({}, status=503, Retry_After="0.2")) as server:
+        engine = SglangEngine(server.base_url, retry=QUICK)
+
+        async def call() -> None:
+            found.append(await engine.generate((1,), DEFAULT))
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(call)
+            await server.asked.wait()
+            await anyio.sleep(0.05)
+            await engine.aclose()
+        assert len(server.bodies) == 1
+        with pytest.raises(ModelError, match="the engine is closed; make a new one"):
+            await engine.generate((1,), DEFAULT)
+    assert found[0].finish_reason == "abort"
+    assert len(server.bodies) == 1
+
+
+@pytest.mark.anyio
 async def test_a_call_that_the_server_ended_for_new_weights_is_asked_for_again(wire):
     ended = wire.replies(answer((5,), {"type": "abort", "message": "Aborted"}))
     async with wire.serving(ended, wire.replies(answer(weight_version="2"))) as server:
         generation = await generate(server)
     assert len(server.bodies) == 2
     assert (generation.token_ids, generation.weight_version) == ((11, 12, 2), 2)
+
+
+@pytest.mark.anyio
+async def test_a_call_that_the_server_ended_in_its_queue_is_asked_for_again(wire):
+    ended = answer((), {"type": "abort", "message": "Abort in waiting queue"})
+    del ended["meta_info"]["prompt_tokens"], ended["meta_info"]["cached_tokens"]
+    async with wire.serving(wire.replies(ended), wire.replies(answer())) as server:
+        assert (await generate(server)).token_ids == (11, 12, 2)
 
 
 @pytest.mark.anyio
@@ -418,6 +448,16 @@ async def test_a_stream_tells_each_token_once_and_ends_with_the_whole(wire, repe
 
 
 @pytest.mark.anyio
+async def test_ids_of_a_stream_that_differ_from_their_logprobs_are_refused(wire):
+    second = answer((11, 12))
+    second["output_ids"] = [13]
+    second["meta_info"]["output_token_logprobs"] = [[-0.5, 12, None]]
+    async with wire.serving(events(answer((11,), {"type": "length"}), second)) as server:
+        with pytest.raises(ModelError, match="that differ"):
+            await stream(server, lambda _: None)
+
+
+@pytest.mark.anyio
 async def test_an_error_in_the_middle_of_a_stream_is_typed(wire):
     text = "The input (9000 tokens) is longer than the model's context length (8192 tokens)."
     async with wire.serving(events({"error": {"message": text, "code": 400}})) as server:
@@ -430,13 +470,46 @@ async def test_an_error_in_the_middle_of_a_stream_is_typed(wire):
 
 
 @pytest.mark.anyio
-async def test_what_the_listener_of_a_stream_raises_ends_the_call(wire):
+async def test_what_the_listener_of_a_stream_raises_ends_the_call_and_the_request_at_once(wire):
+    aborted = []
+
+    async def step(request: web.Request) -> web.StreamResponse:
+        if request.path == "/abort_request":
+            aborted.append((await request.json())["rid"])
+            return web.Response()
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await response.write(b"data: " + json.dumps(answer()).encode() + b"\n\n")
+        await asyncio.sleep(60)
+        return response
+
     def tell(piece):
         raise LookupError("mine")
 
-    async with wire.serving(events(answer())) as server:
-        with pytest.raises(LookupError, match="mine"):
+    async with wire.serving(step) as server:
+        with anyio.fail_after(2), pytest.raises(LookupError, match="mine"):
             await stream(server, tell)
+    assert aborted == [server.bodies[0]["rid"]]
+
+
+@pytest.mark.parametrize("repeats", [True, False], ids=["cumulative", "incremental"])
+@pytest.mark.anyio
+async def test_a_long_stream_keeps_no_more_than_its_tokens(wire, repeats):
+    ids, sent = range(1, 401), []
+    for num in ids:
+        one = answer(ids[:num], {"type": "length"}, text="x" * 4000)
+        if not repeats:
+            one["output_ids"] = one["output_ids"][-1:]
+            info = one["meta_info"]
+            info["output_token_logprobs"] = info["output_token_logprobs"][-1:]
+        sent.append(one)
+    async with wire.serving(events(*sent)) as server:
+        tracemalloc.start()
+        generation = await stream(server, lambda _: None)
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert generation.token_ids == tuple(ids)
+    assert most < 4e6
 
 
 @pytest.mark.anyio
