@@ -33,6 +33,7 @@ import logging
 import secrets
 import uuid
 from dataclasses import dataclass, field, replace
+from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -210,7 +211,7 @@ class SglangEngine:
         """Ask a server what it serves, and compare its tokenizer; not again while it answers.
 
         Raises:
-            ConfigError: its tokenizer is not that of ``model``.
+            ConfigError: its tokenizer is not that of ``model``, or it is SGLang's router.
             ModelError: it does not answer, or is no SGLang server.
         """
         return await self._retry.run(lambda: self._told(number))
@@ -460,7 +461,13 @@ class SglangEngine:
 
     async def _ask_server(self, number: int) -> SglangServer:
         client = self._clients[number]
-        model = await client.get("/model_info")
+        try:
+            model = await client.get("/model_info")
+        except ModelError as error:
+            if error.status != HTTPStatus.NOT_FOUND:
+                raise
+            await _check_no_router(client)
+            raise _another_kind(client) from error
         served = await client.get("/v1/models")
         settings = await client.get("/server_info")
         try:
@@ -476,10 +483,7 @@ class SglangEngine:
                 records_experts=settings["enable_return_routed_experts"],
             )
         except (KeyError, IndexError, TypeError) as error:
-            raise ModelError(
-                f"{client.base_url} answers, but not as a SGLang server does; "
-                "for other servers use openai:URL#MODEL"
-            ) from error
+            raise _another_kind(client) from error
         if self._model is not None:
             await _compare_tokenizer(client, server, self._model)
         return server
@@ -567,6 +571,26 @@ async def _streamed(
     if last is None:
         raise ModelError(f"{client.base_url} sent a stream without an answer", retryable=True)
     return joined(last, pieces)
+
+
+def _another_kind(client: ServerClient) -> ModelError:
+    return ModelError(
+        f"{client.base_url} answers, but not as a SGLang server does; "
+        "for other servers use openai:URL#MODEL"
+    )
+
+
+async def _check_no_router(client: ServerClient) -> None:
+    """Raise if SGLang's router answers, which passes on too little of what its servers tell."""
+    try:
+        told = await client.get("/get_server_info")
+    except ModelError:
+        return
+    if isinstance(told, dict) and told.get("router_manager"):
+        raise ConfigError(
+            f"{client.base_url} is SGLang's router, which does not tell what its servers serve; "
+            "give the servers' own addresses in its place: sglang:URL1,URL2"
+        )
 
 
 async def _compare_tokenizer(

@@ -61,6 +61,8 @@ class ChatServer:
     async def tell(self, request: web.Request) -> web.StreamResponse:
         if self.is_silent:
             await asyncio.sleep(60)
+        if request.path not in self.answers_get:
+            raise web.HTTPNotFound
         return web.json_response(self.answers_get[request.path])
 
     async def answer(self, request: web.Request) -> web.StreamResponse:

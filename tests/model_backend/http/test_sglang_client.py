@@ -283,6 +283,23 @@ async def test_another_kind_of_server_is_named(wire):
         await engine.aclose()
 
 
+@pytest.mark.anyio
+async def test_where_sglangs_router_answers_the_servers_own_addresses_are_asked_for(wire):
+    async with wire.serving(wire.replies(answer())) as server:
+        server.answers_get = {
+            "/get_server_info": {"router_manager": True, "routers_count": 1, "workers_count": 2}
+        }
+        with pytest.raises(ConfigError, match=r"own addresses in its place: sglang:URL1,URL2"):
+            await generate(server, model=NANO)
+        server.answers_get = {"/get_server_info": {"version": "0.1"}}
+        with pytest.raises(ModelError, match="not as a SGLang server does"):
+            await generate(server, model=NANO)
+        server.answers_get = {"/": {}}
+        with pytest.raises(ModelError, match="not as a SGLang server does"):
+            await generate(server, model=NANO)
+    assert server.bodies == []
+
+
 @pytest.mark.parametrize(("told", "version"), [("default", 0), ("12", 12), (None, 0), ("v3", 0)])
 def test_a_numeric_weight_version_is_kept_and_any_other_is_zero(told, version):
     assert generation_of(answer(weight_version=told)).weight_version == version
