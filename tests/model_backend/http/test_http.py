@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from swarm_sdk.errors import ConfigError, ContextOverflow, ModelError
 from swarm_sdk.model_backend.http import Retry, ServerClient, context_overflow
+from swarm_sdk.model_backend.pacing import Pace
 
 QUICK = Retry(attempts=4, first_wait_s=0.01, longest_wait_s=0.02)
 PATH = "/v1/chat/completions"
@@ -167,6 +168,31 @@ async def test_calls_one_after_another_share_a_connection(wire):
             await client.post(PATH, {})
         await client.aclose()
     assert len(server.remotes) == 1
+
+
+@pytest.mark.anyio
+async def test_closing_sends_neither_what_runs_again_nor_what_waits_for_its_turn(wire):
+    async with wire.serving(wire.replies({}), hang) as server:
+        client = ServerClient(server.base_url)
+        await client.post(PATH, {})  # so that the next goes over a connection that was kept
+        Pace.of(server.base_url).limit = 1.0
+        num_ended = 0
+
+        async def call() -> None:
+            nonlocal num_ended
+            with pytest.raises(ModelError, match="broke before the answer was complete"):
+                await client.post(PATH, {}, is_paced=True)
+            num_ended += 1
+
+        with anyio.fail_after(2):
+            async with anyio.create_task_group() as tasks:
+                server.asked.clear()
+                for _ in range(2):
+                    tasks.start_soon(call)
+                await server.asked.wait()
+                await client.aclose()
+    assert num_ended == 2
+    assert len(server.bodies) == 2
 
 
 @pytest.mark.anyio
