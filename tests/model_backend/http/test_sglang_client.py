@@ -652,7 +652,7 @@ async def test_a_call_that_every_server_fails_sends_none_of_them_to_rest(wire):
 async def test_the_first_calls_of_a_silent_server_wait_for_one_answer_together(wire):
     reply = wire.replies(answer())
     async with wire.serving(reply) as one, wire.serving(reply) as two:
-        engine = two_servers(one, two, timeout_s=0.4)
+        engine = two_servers(one, two, timeout_s=0.5)
         two.is_silent = True
         start_s = anyio.current_time()
         async with anyio.create_task_group() as tasks:
@@ -661,7 +661,7 @@ async def test_the_first_calls_of_a_silent_server_wait_for_one_answer_together(w
         taken_s = anyio.current_time() - start_s
         await engine.aclose()
     assert len(one.bodies) == 8
-    assert taken_s < 0.8
+    assert taken_s < 1.5
 
 
 @pytest.mark.anyio
