@@ -1,6 +1,7 @@
 """HTTP to a model server: kept connections, typed errors, one rule for asking again.
 
-    Retry.run(attempt) ──> ServerClient.post(path, json) ──> Pace ──> Pool (kept connections)
+    Retry.run(attempt) ──> ServerClient.post(path, json) ──> Pool (kept connections)
+                                                          └─ through Pace, if it samples
 
 What went wrong decides the error, and the error decides whether to ask again:
 
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 AnswerT = TypeVar("AnswerT")
 
 _RETRYABLE_STATUSES: Final = frozenset({408, 429, 500, 502, 503, 504})
-_OVERLOADED: Final = frozenset({429, 503})
+OVERLOADED: Final = frozenset({429, 503})
 """What slows down all calls of the process to the server."""
 _LONGEST_QUOTE: Final = 400
 """Characters of a server's error message that ours repeats."""
@@ -51,6 +52,7 @@ _LONGEST_QUOTE: Final = 400
 _LIMIT_PATTERNS: Final = (
     r"context (?:length|window|size)(?: of| is)?\W{0,4}(\d+)",
     r"limit of (\d+) tokens",
+    r"allowed length \((\d+) tokens",
     r"token limit\W{1,3}(\d+)",
     r"n_ctx\W{1,4}(\d+)",
 )
@@ -59,7 +61,7 @@ _PROMPT_PATTERNS: Final = (
     r"(\d+) (?:tokens )?in the (?:messages|prompt)",
     r"resulted in (\d+) tokens",
     r"has (\d+) input tokens",
-    r"input \((\d+) tokens",
+    r"(?:input|Input length) \((\d+) tokens",
     r"n_prompt_tokens\W{1,4}(\d+)",
     r"requested\W{1,3}(?:a total of )?(\d+)",
 )
@@ -175,17 +177,24 @@ class ServerClient:
         self._pools: WeakKeyDictionary[asyncio.AbstractEventLoop, Pool] = WeakKeyDictionary()
 
     async def post(
-        self, path: str, payload: Mapping[str, Any], *, headers: Mapping[str, str] | None = None
+        self,
+        path: str,
+        payload: Mapping[str, Any],
+        *,
+        headers: Mapping[str, str] | None = None,
+        is_paced: bool = False,
     ) -> Any:
         """Send ``payload`` once and give back the parsed answer.
 
-        ``headers`` go with this call beside those of all; their values are percent-encoded.
+        ``headers`` go with this call beside those of all; their values are percent-encoded. A call
+        that samples ``is_paced``: it waits for its place. One that controls the server must not, or
+        it would wait for the very calls that it is to pause, abort or let go on.
 
         Raises:
             ModelError: as the table at the top of this file; ``status`` where there was one.
             ContextOverflow: the server said that the prompt does not fit.
         """
-        return await self._call("POST", path, payload, headers=headers)
+        return await self._call("POST", path, payload, headers=headers, is_paced=is_paced)
 
     async def command(self, path: str, payload: Mapping[str, Any]) -> None:
         """Send ``payload`` once; of the answer only the status counts. Raises as ``post``."""
@@ -199,14 +208,19 @@ class ServerClient:
         *,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        """Send ``payload`` once; ``tell`` gets each server-sent event, parsed, as it comes.
+        """Send ``payload`` once, paced; ``tell`` gets each server-sent event, parsed, as it comes.
 
         Raises:
             ModelError, ContextOverflow: as ``post``; also where an event tells of an error, which
                 servers send under status 200 once they have begun.
+            Exception: what ``tell`` raised; the connection is closed at once.
         """
         events = _Events(self.base_url + path, tell)
-        await self._call("POST", path, payload, events.feed, headers=headers)
+        try:
+            await self._call("POST", path, payload, events.feed, headers=headers, is_paced=True)
+        except ModelError:
+            if events.failure is None:
+                raise
         events.end()
 
     async def get(self, path: str) -> Any:
@@ -229,15 +243,16 @@ class ServerClient:
         on_body: Callable[[bytes], None] | None = None,
         *,
         headers: Mapping[str, str] | None = None,
+        is_paced: bool = False,
     ) -> Any:
         pool, pace = self._connections()
-        if method == "GET":
-            return await self._send(pool, method, path, payload)
+        if not is_paced:
+            return await self._send(pool, method, path, payload, on_body, headers)
         began_s = await pace.enter()
         try:
             answer = await self._send(pool, method, path, payload, on_body, headers)
         except _BusyError as error:
-            if error.status in _OVERLOADED:
+            if error.status in OVERLOADED:
                 pace.overloaded(began_s, error.retry_after_s)
             raise
         finally:
@@ -317,36 +332,37 @@ class _Events:
         self._url, self._tell = url, tell
         self._open = b""
         """A line that has not come to its end."""
-        self._failure: Exception | None = None
+        self.failure: Exception | None = None
+        """What ended the stream before its time."""
         self._is_done = False
 
     def feed(self, body: bytes) -> None:
-        """Take a part of the body."""
+        """Take a part of the body; what is raised here closes the connection."""
         *lines, self._open = (self._open + body).split(b"\n")
-        for line in lines:
-            if not line.startswith(b"data:") or self._failure is not None:
-                continue
-            data = line[5:].strip()
-            if data == b"[DONE]":
-                self._is_done = True
-                continue
-            try:
-                event = from_json(data)
-            except ValueError:
-                self._failure = ModelError(f"{self._url} sent an event that is not JSON")
-                continue
-            if isinstance(event, dict) and "error" in event:
-                self._failure = _event_error(self._url, data.decode("utf-8", errors="replace"))
-                continue
-            try:
-                self._tell(event)
-            except Exception as error:  # noqa: BLE001 - the boundary: the caller's code; see end()
-                self._failure = error
+        try:
+            for line in lines:
+                if line.startswith(b"data:"):
+                    self._take(line[5:].strip())
+        except Exception as error:
+            self.failure = error
+            raise
+
+    def _take(self, data: bytes) -> None:
+        if data == b"[DONE]":
+            self._is_done = True
+            return
+        try:
+            event = from_json(data)
+        except ValueError as error:
+            raise ModelError(f"{self._url} sent an event that is not JSON") from error
+        if isinstance(event, dict) and "error" in event:
+            raise _event_error(self._url, data.decode("utf-8", errors="replace"))
+        self._tell(event)
 
     def end(self) -> None:
         """Raise what an event told of, or ``tell`` raised; or that the last one did not come."""
-        if self._failure is not None:
-            raise self._failure
+        if self.failure is not None:
+            raise self.failure
         if not self._is_done:
             raise ModelError(f"the stream of {self._url} broke before its end", retryable=True)
 

@@ -139,7 +139,9 @@ class OpenAIModel:
         if self._keep_logprobs:
             body["logprobs"] = True
         body |= self._extra_body
-        answer = await self._retry.run(lambda: self._client.post("/chat/completions", body))
+        answer = await self._retry.run(
+            lambda: self._client.post("/chat/completions", body, is_paced=True)
+        )
         try:
             return Completion.model_validate(answer)
         except ValidationError as error:

@@ -1,11 +1,12 @@
-"""How many calls are in flight to one server, for the whole process: grown slowly, cut at once.
+"""How many calls sample at one server, for the whole process: grown slowly, cut at once.
 
     every answer          limit += 1 / limit                 (about one more each round of calls)
     429, 503              limit  = max(1, limit * 0.5)       once a round: at most once for the
                           and nothing starts before Retry-After       calls that were in flight
 
 This is TCP's additive increase and multiplicative decrease. Calls wait in the order in which they
-came. Without overload the limit never binds, and passing it costs a comparison.
+came. Without overload the limit never binds, and passing it costs a comparison. Calls that control
+the server pass by: one that lets a paused server go on must not wait for those that it holds.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ LONGEST_PAUSE_S = 30.0
 
 
 class Pace:
-    """The calls of this process to one server."""
+    """The calls of this process that sample at one server."""
 
     _known: ClassVar[WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, Pace]]] = (
         WeakKeyDictionary()

@@ -71,7 +71,7 @@ class Router:
         self._places[number].num_in_flight -= 1
 
     def failed(self, number: int) -> None:
-        """The server gave no answer: leave it alone for a while."""
+        """The server gave no answer, or no good one: leave it alone for a while."""
         self._places[number].rests_until_s = time.monotonic() + REST_S
 
     def answered(self, number: int) -> None:

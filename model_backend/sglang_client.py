@@ -5,9 +5,11 @@
     stream(…, tell)         <── the same, in pieces
     cancelled               ──> POST /abort_request {rid}, and the connection closes
 
-    before the first call of a server    its tokenizer is compared with ours, then never again
-    no answer, or cut off                the next server, at once; its dialogues stay there
-    429, 503 …                           the same server again, later (``Retry``, ``Pace``)
+    before the first call of a server,   its tokenizer is compared with ours
+    and after a connection was lost
+    no answer, or cut off; 500, 502 …    the next server, at once; its dialogues stay there
+    429, 503                             the same server again, later (``Retry``, ``Pace``); with
+                                         the last try the next one
 
 What the log-probabilities are (SGLang 0.5.11 and 0.5.23, ``layers/sampler.py``):
 log softmax(logits / T) of the sampled id *before* top-p cuts the tail; at temperature 0
@@ -30,17 +32,18 @@ import hashlib
 import logging
 import secrets
 import uuid
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import anyio
 
-from swarm_sdk.errors import ConfigError, ModelError
+from swarm_sdk.errors import ConfigError, ContextOverflow, ModelError, SwarmError
 from swarm_sdk.model_backend.chat.dialogue import TokenModel
 from swarm_sdk.model_backend.chat.template import ChatFormat
 from swarm_sdk.model_backend.chat.tokenizer import Tokenizer
-from swarm_sdk.model_backend.http import Retry, ServerClient, data_url
+from swarm_sdk.model_backend.http import OVERLOADED, Retry, ServerClient, data_url
 from swarm_sdk.model_backend.model.config_json import read_json, section
 from swarm_sdk.model_backend.routing import Router
 from swarm_sdk.model_backend.sglang_wire import (
@@ -106,6 +109,28 @@ def spelled(texts: Sequence[str]) -> str:
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()
 
 
+@dataclass(slots=True)
+class _Known:
+    """What is known of one server."""
+
+    told: SglangServer | None = None
+    asking: anyio.Lock = field(default_factory=anyio.Lock)
+    failure: SwarmError | None = None
+    """Why it was last asked in vain."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Call:
+    """What is asked, whichever server is asked."""
+
+    payload: dict[str, Any]
+    num_prompt_tokens: int
+    """Those of pictures included, of which the payload has one a picture."""
+    sampling: Sampling
+    tell: Callable[[Piece], None] | None
+    """Gets the tokens as they come, if set."""
+
+
 class SglangEngine:
     """``Engine`` over the native API of one SGLang server, or of several with the same weights."""
 
@@ -141,8 +166,7 @@ class SglangEngine:
         self._running: dict[str, tuple[int, anyio.Event]] = {}
         """Requests by id: at which server, and an event that is set when the request ends."""
         self._is_closing = False
-        self._servers: list[SglangServer | None] = [None] * len(urls)
-        self._asking = anyio.Lock()
+        self._known = [_Known() for _ in urls]
         self._warned: set[str] = set()
 
     @property
@@ -158,6 +182,8 @@ class SglangEngine:
         self, token_ids: Sequence[int], sampling: Sampling, images: Sequence[Image] = ()
     ) -> Generation:
         """Continue ``token_ids``; see ``Engine.generate``. The stop token is among the ids.
+
+        With a ``model``, ``max_tokens`` is cut to the room that is left in the server's context.
 
         Raises:
             ConfigError: no token ids, an id outside the vocabulary, images for a model or a server
@@ -176,23 +202,19 @@ class SglangEngine:
         """As ``generate``, and ``tell`` gets the tokens as they come.
 
         Costs the server and the client more than ``generate`` does. What ``tell`` raises ends the
-        call. The versions in ``Generation.version_spans`` are known from any server here.
+        call and aborts the request. The versions in ``Generation.version_spans`` are known from any
+        server here.
         """
         return await self._generate(token_ids, sampling, images, tell)
 
     async def server(self, number: int = 0) -> SglangServer:
-        """Ask a server what it serves, and compare its tokenizer; asked once.
+        """Ask a server what it serves, and compare its tokenizer; not again while it answers.
 
         Raises:
-            ConfigError: its tokenizer is not that of ``model``.
+            ConfigError: its tokenizer is not that of ``model``, or it is SGLang's router.
             ModelError: it does not answer, or is no SGLang server.
         """
-        async with self._asking:
-            told = self._servers[number]
-            if told is None:
-                told = await self._retry.run(lambda: self._ask_server(number))
-                self._servers[number] = told
-        return told
+        return await self._retry.run(lambda: self._told(number))
 
     async def are_healthy(self) -> tuple[bool, ...]:
         """Whether each server answers ``/health`` in 5 s; no retries."""
@@ -230,9 +252,22 @@ class SglangEngine:
         images: Sequence[Image],
         tell: Callable[[Piece], None] | None,
     ) -> Generation:
-        payload = self._payload(token_ids, sampling, images)
+        self._check_open()
+        call = _Call(
+            payload=self._payload(token_ids, sampling, images),
+            num_prompt_tokens=len(token_ids),
+            sampling=sampling,
+            tell=tell,
+        )
+        num_tries = 0
+
+        async def once() -> Generation:
+            nonlocal num_tries
+            num_tries += 1
+            return await self._anywhere(call, is_last=num_tries == self._retry.attempts)
+
         try:
-            return await self._retry.run(lambda: self._anywhere(payload, sampling, tell))
+            return await self._retry.run(once)
         except ModelError:
             if self._is_closing:
                 return Generation(token_ids=(), logprobs=(), finish_reason="abort")
@@ -277,23 +312,30 @@ class SglangEngine:
             payload["image_data"] = [data_url(image) for image in images]
         return payload
 
-    async def _anywhere(
-        self, payload: dict[str, Any], sampling: Sampling, tell: Callable[[Piece], None] | None
-    ) -> Generation:
-        """One try: at the key's server, and at the others where that one gives no answer."""
+    async def _anywhere(self, call: _Call, *, is_last: bool) -> Generation:
+        """One try: at the key's server, and at the others where that one fails.
+
+        One that is busy is waited for, since it has the prompt cached; but not with the last try.
+        """
         tried: frozenset[int] = frozenset()
         failure: ModelError | None = None
-        while (number := self._router.pick(sampling.routing_key, beside=tried)) is not None:
+        while (number := self._router.pick(call.sampling.routing_key, beside=tried)) is not None:
             try:
-                generation = await self._at(number, payload, sampling, tell)
+                self._check_open()
+                generation = await self._at(number, call)
             except ModelError as error:
-                if not error.retryable or error.status is not None or self._is_closing:
+                is_waited_for = error.status in OVERLOADED and not is_last
+                if not error.retryable or is_waited_for or self._is_closing:
                     raise
-                self._router.failed(number)
+                if error.status is None:
+                    self._router.failed(number)
+                    self._known[number].told = None  # another may answer there next
                 tried, failure = tried | {number}, error
                 if len(self._clients) > 1:
                     _log.warning("%s; its calls go on elsewhere", error)
             else:
+                for other in tried:  # the fault was theirs and not the call's
+                    self._router.failed(other)
                 self._router.answered(number)
                 return generation
             finally:
@@ -301,35 +343,21 @@ class SglangEngine:
         assert failure is not None
         raise failure
 
-    async def _at(
-        self,
-        number: int,
-        payload: dict[str, Any],
-        sampling: Sampling,
-        tell: Callable[[Piece], None] | None,
-    ) -> Generation:
+    async def _at(self, number: int, call: _Call) -> Generation:
         """One try at one server."""
-        shape, experts_from = None, sampling.experts_from or 0
+        sampling, payload, shape = call.sampling, call.payload, None
         if self._model is not None or sampling.seed is not None or sampling.json_schema:
-            shape = await self._fit(number, payload, sampling)
-            server = self._servers[number]
-            if server is not None and not server.has_grammar:
-                params = payload["sampling_params"]
-                params = {name: params[name] for name in params if name != "json_schema"}
-                payload = payload | {"sampling_params": params}
-        if shape is not None:
-            asked = {"return_routed_experts": True, "routed_experts_start_len": experts_from}
-            payload = payload | asked
+            payload, shape = self._fitted(number, await self._told(number), call)
         pieces: list[Piece] = []
 
         def keep(piece: Piece) -> None:
             pieces.append(piece)
-            if tell is not None:
-                tell(piece)
+            if call.tell is not None:
+                call.tell(piece)
 
-        listener = None if tell is None else keep
+        listener = None if call.tell is None else keep
         answer = await self._post(number, payload, listener, sampling.routing_key)
-        generation = generation_of(answer, shape=shape, experts_from=experts_from)
+        generation = generation_of(answer, shape=shape, experts_from=sampling.experts_from or 0)
         if pieces and not generation.version_spans:  # SGLang 0.5.11 tells them in the pieces only
             generation = replace(generation, version_spans=spans_of(pieces))
         if generation.finish_reason == "abort" and not self._is_closing:
@@ -338,30 +366,60 @@ class SglangEngine:
             raise ModelError(f"{url} ended a request before its time", status=503, retryable=True)
         return generation
 
-    async def _fit(
-        self, number: int, payload: dict[str, Any], sampling: Sampling
-    ) -> ExpertsShape | None:
-        """Check that the server can do what is asked of it; the shape of experts it records.
+    async def _told(self, number: int) -> SglangServer:
+        """What a server tells of itself; calls that need it at once share one answer or failure."""
+        known = self._known[number]
+        if known.told is None:
+            failure_before = known.failure
+            async with known.asking:
+                if known.told is None:
+                    if known.failure is not None and known.failure is not failure_before:
+                        raise known.failure  # of a call that asked while this one waited
+                    try:
+                        known.told = await self._ask_server(number)
+                    except SwarmError as error:
+                        known.failure = error
+                        raise
+        return known.told
+
+    def _fitted(
+        self, number: int, server: SglangServer, call: _Call
+    ) -> tuple[dict[str, Any], ExpertsShape | None]:
+        """Build what a server is sent, by what it can do; the shape of the experts it records.
 
         Raises:
-            ConfigError: it cannot.
+            ConfigError: it cannot do what is asked.
+            ContextOverflow: the prompt leaves no room in its context.
         """
-        if self._servers[number] is None:
-            async with self._asking:
-                if self._servers[number] is None:  # another call may have asked meanwhile
-                    self._servers[number] = await self._ask_server(number)
-        server, url = self._servers[number], self._clients[number].base_url
-        assert server is not None
-        if "image_data" in payload and not server.has_vision:
+        url, sampling = self._clients[number].base_url, call.sampling
+        if "image_data" in call.payload and not server.has_vision:
             raise ConfigError(f"{url} serves a model without vision; send it no images")
+        room = server.context_tokens - call.num_prompt_tokens
+        if room <= 0:
+            raise ContextOverflow(
+                num_prompt_tokens=call.num_prompt_tokens, limit_tokens=server.context_tokens
+            )
+        params = call.payload["sampling_params"] | {
+            "max_new_tokens": min(sampling.max_tokens, room)
+        }
         if sampling.json_schema and not server.has_grammar:
             self._warn(f"{url} has no grammar and reads over JSON schemas; start it with one")
+            del params["json_schema"]
         if sampling.seed is not None and not server.honours_seeds:
             self._warn(
                 f"{url} ignores seeds; start it with --enable-deterministic-inference to have them"
             )
-        wants = self._model is not None and sampling.experts_from is not None
-        return self._model.experts if self._model and wants and server.records_experts else None
+        payload = call.payload | {"sampling_params": params}
+        wants_experts = sampling.experts_from is not None and server.records_experts
+        shape = self._model.experts if self._model is not None and wants_experts else None
+        if shape is not None:
+            payload["return_routed_experts"] = True
+            payload["routed_experts_start_len"] = sampling.experts_from
+        return payload, shape
+
+    def _check_open(self) -> None:
+        if self._is_closing:
+            raise ModelError("the engine is closed; make a new one")
 
     def _warn(self, sentence: str) -> None:
         """Log a warning, the first time that it is due."""
@@ -383,9 +441,11 @@ class SglangEngine:
         headers = {_ROUTING_HEADER: routing_key} if routing_key else None
         try:
             if tell is None:
-                return await client.post("/generate", body, headers=headers)
+                return await client.post("/generate", body, headers=headers, is_paced=True)
             return await _streamed(client, body, tell, headers)
-        except anyio.get_cancelled_exc_class():
+        except ModelError:
+            raise
+        except BaseException:  # cancelled, or what ``tell`` raised
             with anyio.move_on_after(_ABORT_WITHIN_S, shield=True):
                 await self._abort(number, request_id)
             raise
@@ -401,7 +461,13 @@ class SglangEngine:
 
     async def _ask_server(self, number: int) -> SglangServer:
         client = self._clients[number]
-        model = await client.get("/model_info")
+        try:
+            model = await client.get("/model_info")
+        except ModelError as error:
+            if error.status != HTTPStatus.NOT_FOUND:
+                raise
+            await _check_no_router(client)
+            raise _another_kind(client) from error
         served = await client.get("/v1/models")
         settings = await client.get("/server_info")
         try:
@@ -417,10 +483,7 @@ class SglangEngine:
                 records_experts=settings["enable_return_routed_experts"],
             )
         except (KeyError, IndexError, TypeError) as error:
-            raise ModelError(
-                f"{client.base_url} answers, but not as a SGLang server does; "
-                "for other servers use openai:URL#MODEL"
-            ) from error
+            raise _another_kind(client) from error
         if self._model is not None:
             await _compare_tokenizer(client, server, self._model)
         return server
@@ -492,21 +555,42 @@ async def _streamed(
     headers: dict[str, str] | None,
 ) -> Any:
     """The answer of one streamed request; its pieces go to ``tell`` on the way."""
-    answers: list[Any] = []
+    last: Any = None
+    pieces: list[Piece] = []
     num_known = 0
 
     def take(answer: Any) -> None:
-        nonlocal num_known
-        piece = piece_of(answer, num_known)
-        answers.append(answer)
+        nonlocal last, num_known
+        piece, last = piece_of(answer, num_known), answer
         if piece.token_ids:
+            pieces.append(piece)
             num_known += len(piece.token_ids)
             tell(piece)
 
     await client.stream("/generate", {**body, "stream": True}, take, headers=headers)
-    if not answers:
+    if last is None:
         raise ModelError(f"{client.base_url} sent a stream without an answer", retryable=True)
-    return joined(answers)
+    return joined(last, pieces)
+
+
+def _another_kind(client: ServerClient) -> ModelError:
+    return ModelError(
+        f"{client.base_url} answers, but not as a SGLang server does; "
+        "for other servers use openai:URL#MODEL"
+    )
+
+
+async def _check_no_router(client: ServerClient) -> None:
+    """Raise if SGLang's router answers, which passes on too little of what its servers tell."""
+    try:
+        told = await client.get("/get_server_info")
+    except ModelError:
+        return
+    if isinstance(told, dict) and told.get("router_manager"):
+        raise ConfigError(
+            f"{client.base_url} is SGLang's router, which does not tell what its servers serve; "
+            "give the servers' own addresses in its place: sglang:URL1,URL2"
+        )
 
 
 async def _compare_tokenizer(

@@ -71,6 +71,8 @@ def generation_of(
         finish = info["finish_reason"]
         pairs = [(logprob, token_id) for logprob, token_id, *_ in info["output_token_logprobs"]]
         token_ids = tuple(token_id for _, token_id in pairs)
+        if finish["type"] == "abort":  # one that was ended in the queue is not counted
+            info = {"prompt_tokens": 0, "cached_tokens": 0, **info}
         num_prompt, num_completion = info["prompt_tokens"], info["completion_tokens"]
         generation = Generation(
             token_ids=token_ids,
@@ -95,14 +97,14 @@ def generation_of(
     return generation
 
 
-def joined(answers: Sequence[Any]) -> Any:
-    """The events of one stream as one answer, whether each repeats the ones before it or not."""
-    last = answers[-1]
+def joined(last: Any, pieces: Sequence[Piece]) -> Any:
+    """The last event of a stream as its answer, whether it repeats the ones before it or not."""
     info = last["meta_info"]
     if len(info["output_token_logprobs"]) == info["completion_tokens"]:
         return last
-    ids = [token_id for answer in answers for token_id in answer["output_ids"]]
-    pairs = [pair for answer in answers for pair in answer["meta_info"]["output_token_logprobs"]]
+    ids = [token_id for piece in pieces for token_id in piece.token_ids]
+    logprobs = [logprob for piece in pieces for logprob in piece.logprobs]
+    pairs = list(zip(logprobs, ids, strict=True))
     return {**last, "output_ids": ids, "meta_info": {**info, "output_token_logprobs": pairs}}
 
 
@@ -116,14 +118,18 @@ def piece_of(answer: Any, num_known: int) -> Piece:
         info = answer["meta_info"]
         num_new = info["completion_tokens"] - num_known
         fresh = info["output_token_logprobs"][-num_new:] if num_new else []
-        return Piece(
+        piece = Piece(
             first=num_known,
             token_ids=tuple(token_id for _, token_id, *_ in fresh),
             logprobs=tuple(logprob for logprob, *_ in fresh),
             weight_version=version_of(info.get("weight_version")),
         )
+        own_ids = answer["output_ids"]
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"the SGLang server sent an event without {error}") from error
+    if len(own_ids) == num_new and tuple(own_ids) != piece.token_ids:
+        raise ModelError("the SGLang server sent token ids and log-probabilities that differ")
+    return piece
 
 
 def spans_of(pieces: Sequence[Piece]) -> tuple[tuple[int, int], ...]:

@@ -194,6 +194,7 @@ class Pool:
         self._host, self._port, self._tls = host, port, tls
         self._kept: deque[Connection] = deque()
         self._busy: set[Connection] = set()
+        self._is_closed = False
         self._places = asyncio.Semaphore(max_connections) if max_connections else None
 
     async def request(self, content: bytes, on_body: OnBody | None = None) -> Response:
@@ -201,7 +202,7 @@ class Pool:
 
         Raises:
             CannotConnect: the server does not answer at its address.
-            BrokenConnection: the response did not come to its end.
+            BrokenConnection: the response did not come to its end, or the pool is closed.
         """
         if self._places is None:
             return await self._request(content, on_body)
@@ -211,6 +212,9 @@ class Pool:
     async def _request(self, content: bytes, on_body: OnBody | None) -> Response:
         while True:
             connection = self._take() or await self._connect()
+            if self._is_closed:
+                connection.abort()
+                raise BrokenConnection("closed", False)  # noqa: FBT003 - as Connection._fail
             self._busy.add(connection)
             try:
                 response = await connection.request(content, on_body)
@@ -248,7 +252,8 @@ class Pool:
         return connection
 
     def close(self) -> None:
-        """Close all connections; calls that run fail."""
+        """Close all connections; calls that run fail, and none is made any more."""
+        self._is_closed = True
         for connection in (*self._kept, *self._busy):
             connection.abort()
         self._kept.clear()

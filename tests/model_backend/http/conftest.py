@@ -47,6 +47,8 @@ class ChatServer:
     disconnected: asyncio.Event = field(default_factory=asyncio.Event)
     answers_get: dict[str, Any] = field(default_factory=dict)
     spell: Callable[[list[int]], str] = str
+    is_silent: bool = False
+    """It takes questions about itself and never answers them."""
 
     def be(self, *, answers_get: dict[str, Any], spell: Callable[[list[int]], str]) -> None:
         """Pass for a SGLang server: what it tells of itself, and how it spells tokens."""
@@ -57,6 +59,10 @@ class ChatServer:
         return web.json_response({"text": [self.spell(ids) for ids in tokens]})
 
     async def tell(self, request: web.Request) -> web.StreamResponse:
+        if self.is_silent:
+            await asyncio.sleep(60)
+        if request.path not in self.answers_get:
+            raise web.HTTPNotFound
         return web.json_response(self.answers_get[request.path])
 
     async def answer(self, request: web.Request) -> web.StreamResponse:

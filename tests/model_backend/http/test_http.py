@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from swarm_sdk.errors import ConfigError, ContextOverflow, ModelError
 from swarm_sdk.model_backend.http import Retry, ServerClient, context_overflow
+from swarm_sdk.model_backend.pacing import Pace
 
 QUICK = Retry(attempts=4, first_wait_s=0.01, longest_wait_s=0.02)
 PATH = "/v1/chat/completions"
@@ -170,6 +171,31 @@ async def test_calls_one_after_another_share_a_connection(wire):
 
 
 @pytest.mark.anyio
+async def test_closing_sends_neither_what_runs_again_nor_what_waits_for_its_turn(wire):
+    async with wire.serving(wire.replies({}), hang) as server:
+        client = ServerClient(server.base_url)
+        await client.post(PATH, {})  # so that the next goes over a connection that was kept
+        Pace.of(server.base_url).limit = 1.0
+        num_ended = 0
+
+        async def call() -> None:
+            nonlocal num_ended
+            with pytest.raises(ModelError, match="broke before the answer was complete"):
+                await client.post(PATH, {}, is_paced=True)
+            num_ended += 1
+
+        with anyio.fail_after(2):
+            async with anyio.create_task_group() as tasks:
+                server.asked.clear()
+                for _ in range(2):
+                    tasks.start_soon(call)
+                await server.asked.wait()
+                await client.aclose()
+    assert num_ended == 2
+    assert len(server.bodies) == 2
+
+
+@pytest.mark.anyio
 async def test_the_limit_of_connections_holds(wire):
     running = most = 0
 
@@ -216,6 +242,8 @@ def test_wrong_settings_are_refused_at_once(settings, url):
 
 OVERFLOWS = """\
 The input ({p} tokens) is longer than the model's context length ({m} tokens).
+Input length ({p} tokens) exceeds the maximum allowed length ({m} tokens). Use a shorter input or \
+enable --allow-auto-truncate.
 Requested token count exceeds the model's maximum context length of {m} tokens. You requested a \
 total of 99999999 tokens: {p} tokens from the input messages and 5 tokens for the completion.
 This model's maximum context length is {m} tokens. However, your messages resulted in {p} tokens. \

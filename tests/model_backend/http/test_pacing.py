@@ -108,7 +108,7 @@ def test_a_server_that_takes_ten_at_a_time_gets_all_calls_through(status):
         answers = []
 
         async def call(client):
-            answers.append(await retry.run(lambda: client.post("/x", {})))
+            answers.append(await retry.run(lambda: client.post("/x", {}, is_paced=True)))
 
         async with anyio.create_task_group() as group:
             for index in range(300):
@@ -132,8 +132,48 @@ def test_a_failed_call_gives_its_place_back():
     async def main():
         client = ServerClient("http://127.0.0.1:9")
         with pytest.raises(ModelError):
-            await client.post("/x", {})
+            await client.post("/x", {}, is_paced=True)
         assert Pace.of("http://127.0.0.1:9").num_in_flight == 0
         await client.aclose()
 
     anyio.run(main)
+
+
+@pytest.mark.anyio
+async def test_a_call_that_controls_the_server_waits_for_no_place_and_takes_none(wire):
+    goes_on = anyio.Event()
+
+    async def sample(request):
+        if goes_on.is_set():
+            return web.json_response({"ok": True})
+        if len(server.bodies) == 1:
+            return web.json_response({}, status=503, headers={"Retry-After": "600"})
+        await goes_on.wait()
+        return web.json_response({"ok": True})
+
+    async with wire.serving(sample) as server:
+        client = ServerClient(server.base_url)
+        pace = Pace.of(server.base_url)
+
+        async def call():
+            await client.post("/generate", {}, is_paced=True)
+
+        with pytest.raises(ModelError):
+            await call()
+        pace._paused_until_s = 0.0
+        server.asked.clear()
+        async with anyio.create_task_group() as tasks:
+            for _ in range(3):
+                tasks.start_soon(call)
+            with anyio.fail_after(2):
+                await server.asked.wait()
+                assert (pace.num_in_flight, pace.num_waiting) == (1, 2)
+                server.steps = [wire.replies({}, status=503)]
+                with pytest.raises(ModelError, match="503"):
+                    await client.command("/abort_request", {})
+                server.steps = [wire.replies({})]
+                await client.post("/abort_request", {})
+            assert (pace.num_in_flight, pace.num_waiting, pace.num_cuts) == (1, 2, 1)
+            server.steps = [sample]
+            goes_on.set()
+        await client.aclose()

@@ -5,6 +5,7 @@ import base64
 import json
 import logging
 import struct
+import tracemalloc
 
 import anyio
 import pytest
@@ -42,12 +43,21 @@ FACTS = {
 
 def told(**changes):
     """``FACTS`` with other values."""
-    return {path: {k: changes.get(k, v) for k, v in facts.items()} for path, facts in FACTS.items()}
+    found = {path: facts | changes for path, facts in FACTS.items()}
+    found["/v1/models"] = {"data": [{"max_model_len": changes.get("max_model_len", 8192)}]}
+    return found
 
 
 def serves(tokenizer=TOKENIZER, **changes):
     """What lets ``wire.serving`` pass for the server of a model with this tokenizer."""
     return {"answers_get": told(**changes), "spell": tokenizer.decode}
+
+
+def another_tokenizer():
+    """Ours with two tokens changed about."""
+    ranks = sorted(TOKENIZER.ranks, key=TOKENIZER.ranks.__getitem__)
+    ranks[300], ranks[301] = ranks[301], ranks[300]
+    return Tokenizer({token: rank for rank, token in enumerate(ranks)})
 
 
 def answer(ids=(11, 12, 2), finish=None, **info):
@@ -142,6 +152,20 @@ async def test_an_overflow_is_typed_and_not_tried_again(wire):
 
 
 @pytest.mark.anyio
+async def test_an_answer_is_cut_to_the_room_that_the_servers_context_leaves(wire):
+    async with wire.serving(wire.replies(answer())) as server:
+        server.be(**serves(max_model_len=12))
+        for num_asked in (4096, 3):
+            await generate(server, range(8), Sampling(max_tokens=num_asked), model=NANO)
+        # A picture counts as what it takes, not as the one placeholder that is sent.
+        await generate(server, (1, *[PAD] * 9), images=(Image(b"x"),), model=NANO)
+        with pytest.raises(ContextOverflow) as caught:
+            await generate(server, range(12), model=NANO)
+    assert [body["sampling_params"]["max_new_tokens"] for body in server.bodies] == [4, 3, 2]
+    assert (caught.value.num_prompt_tokens, caught.value.limit_tokens) == (12, 12)
+
+
+@pytest.mark.anyio
 async def test_every_try_has_a_request_id_of_its_own(wire):
     busy = wire.replies({"detail": "full"}, status=503)
     async with wire.serving(busy, busy, wire.replies(answer())) as server:
@@ -196,12 +220,41 @@ async def test_closing_ends_running_calls_with_an_abort(wire):
 
 
 @pytest.mark.anyio
+async def test_a_call_that_waits_to_be_tried_again_sends_nothing_after_closing(wire):
+    found = []
+    async with wire.serving(wire.replies({}, status=503, Retry_After="0.2")) as server:
+        engine = SglangEngine(server.base_url, retry=QUICK)
+
+        async def call() -> None:
+            found.append(await engine.generate((1,), DEFAULT))
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(call)
+            await server.asked.wait()
+            await anyio.sleep(0.05)
+            await engine.aclose()
+        assert len(server.bodies) == 1
+        with pytest.raises(ModelError, match="the engine is closed; make a new one"):
+            await engine.generate((1,), DEFAULT)
+    assert found[0].finish_reason == "abort"
+    assert len(server.bodies) == 1
+
+
+@pytest.mark.anyio
 async def test_a_call_that_the_server_ended_for_new_weights_is_asked_for_again(wire):
     ended = wire.replies(answer((5,), {"type": "abort", "message": "Aborted"}))
     async with wire.serving(ended, wire.replies(answer(weight_version="2"))) as server:
         generation = await generate(server)
     assert len(server.bodies) == 2
     assert (generation.token_ids, generation.weight_version) == ((11, 12, 2), 2)
+
+
+@pytest.mark.anyio
+async def test_a_call_that_the_server_ended_in_its_queue_is_asked_for_again(wire):
+    ended = answer((), {"type": "abort", "message": "Abort in waiting queue"})
+    del ended["meta_info"]["prompt_tokens"], ended["meta_info"]["cached_tokens"]
+    async with wire.serving(wire.replies(ended), wire.replies(answer())) as server:
+        assert (await generate(server)).token_ids == (11, 12, 2)
 
 
 @pytest.mark.anyio
@@ -230,6 +283,23 @@ async def test_another_kind_of_server_is_named(wire):
         await engine.aclose()
 
 
+@pytest.mark.anyio
+async def test_where_sglangs_router_answers_the_servers_own_addresses_are_asked_for(wire):
+    async with wire.serving(wire.replies(answer())) as server:
+        server.answers_get = {
+            "/get_server_info": {"router_manager": True, "routers_count": 1, "workers_count": 2}
+        }
+        with pytest.raises(ConfigError, match=r"own addresses in its place: sglang:URL1,URL2"):
+            await generate(server, model=NANO)
+        server.answers_get = {"/get_server_info": {"version": "0.1"}}
+        with pytest.raises(ModelError, match="not as a SGLang server does"):
+            await generate(server, model=NANO)
+        server.answers_get = {"/": {}}
+        with pytest.raises(ModelError, match="not as a SGLang server does"):
+            await generate(server, model=NANO)
+    assert server.bodies == []
+
+
 @pytest.mark.parametrize(("told", "version"), [("default", 0), ("12", 12), (None, 0), ("v3", 0)])
 def test_a_numeric_weight_version_is_kept_and_any_other_is_zero(told, version):
     assert generation_of(answer(weight_version=told)).weight_version == version
@@ -252,11 +322,8 @@ def test_an_answer_that_would_spoil_the_record_is_refused(broken, sentence):
 
 @pytest.mark.anyio
 async def test_another_tokenizer_behind_the_address_is_refused_before_any_id_is_sent(wire):
-    ranks = sorted(TOKENIZER.ranks, key=TOKENIZER.ranks.__getitem__)
-    ranks[300], ranks[301] = ranks[301], ranks[300]
-    other = Tokenizer({token: rank for rank, token in enumerate(ranks)})
     async with wire.serving(wire.replies(answer())) as server:
-        server.be(**serves(other))
+        server.be(**serves(another_tokenizer()))
         with pytest.raises(ConfigError, match="tokenizer is another than ours"):
             await generate(server, model=NANO)
     assert server.bodies == []
@@ -398,6 +465,16 @@ async def test_a_stream_tells_each_token_once_and_ends_with_the_whole(wire, repe
 
 
 @pytest.mark.anyio
+async def test_ids_of_a_stream_that_differ_from_their_logprobs_are_refused(wire):
+    second = answer((11, 12))
+    second["output_ids"] = [13]
+    second["meta_info"]["output_token_logprobs"] = [[-0.5, 12, None]]
+    async with wire.serving(events(answer((11,), {"type": "length"}), second)) as server:
+        with pytest.raises(ModelError, match="that differ"):
+            await stream(server, lambda _: None)
+
+
+@pytest.mark.anyio
 async def test_an_error_in_the_middle_of_a_stream_is_typed(wire):
     text = "The input (9000 tokens) is longer than the model's context length (8192 tokens)."
     async with wire.serving(events({"error": {"message": text, "code": 400}})) as server:
@@ -410,13 +487,46 @@ async def test_an_error_in_the_middle_of_a_stream_is_typed(wire):
 
 
 @pytest.mark.anyio
-async def test_what_the_listener_of_a_stream_raises_ends_the_call(wire):
+async def test_what_the_listener_of_a_stream_raises_ends_the_call_and_the_request_at_once(wire):
+    aborted = []
+
+    async def step(request: web.Request) -> web.StreamResponse:
+        if request.path == "/abort_request":
+            aborted.append((await request.json())["rid"])
+            return web.Response()
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await response.write(b"data: " + json.dumps(answer()).encode() + b"\n\n")
+        await asyncio.sleep(60)
+        return response
+
     def tell(piece):
         raise LookupError("mine")
 
-    async with wire.serving(events(answer())) as server:
-        with pytest.raises(LookupError, match="mine"):
+    async with wire.serving(step) as server:
+        with anyio.fail_after(2), pytest.raises(LookupError, match="mine"):
             await stream(server, tell)
+    assert aborted == [server.bodies[0]["rid"]]
+
+
+@pytest.mark.parametrize("repeats", [True, False], ids=["cumulative", "incremental"])
+@pytest.mark.anyio
+async def test_a_long_stream_keeps_no_more_than_its_tokens(wire, repeats):
+    ids, sent = range(1, 401), []
+    for num in ids:
+        one = answer(ids[:num], {"type": "length"}, text="x" * 4000)
+        if not repeats:
+            one["output_ids"] = one["output_ids"][-1:]
+            info = one["meta_info"]
+            info["output_token_logprobs"] = info["output_token_logprobs"][-1:]
+        sent.append(one)
+    async with wire.serving(events(*sent)) as server:
+        tracemalloc.start()
+        generation = await stream(server, lambda _: None)
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert generation.token_ids == tuple(ids)
+    assert most < 4e6
 
 
 @pytest.mark.anyio
@@ -483,6 +593,94 @@ async def test_a_server_that_dies_in_a_call_gives_its_dialogues_to_the_others(wi
     assert len({body["rid"] for body in dying.bodies}) == 1
     assert len(living.bodies) == 3
     assert "go on elsewhere" in caplog.text
+
+
+def two_servers(one, two, **settings):
+    """An engine over two servers that pass for SGLang's."""
+    for server in (one, two):
+        if not server.answers_get:
+            server.be(**serves())
+    return SglangEngine([one.base_url, two.base_url], model=NANO, retry=QUICK, **settings)
+
+
+@pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
+@pytest.mark.anyio
+async def test_a_server_that_answers_with_errors_gives_its_dialogues_to_the_others(wire, status):
+    broken = wire.replies({"detail": "CUDA error"}, status=status)
+    async with wire.serving(broken) as one, wire.serving(wire.replies(answer())) as two:
+        engine = two_servers(one, two)
+        for number in range(6):
+            sampling = Sampling(routing_key=f"dialogue {number}")
+            assert (await engine.generate((1,), sampling)).token_ids == (11, 12, 2)
+        await engine.aclose()
+    assert len(two.bodies) == 6
+    # A busy server is waited for as often as may be tried; then it rests like a broken one.
+    assert len(one.bodies) == (QUICK.attempts if status in {429, 503} else 1)
+
+
+@pytest.mark.anyio
+async def test_a_busy_server_keeps_its_dialogues(wire):
+    busy, reply = wire.replies({}, status=503), wire.replies(answer())
+    async with wire.serving(busy, reply) as one, wire.serving(reply) as two:
+        engine = two_servers(one, two)
+        await engine.generate((1,), Sampling(routing_key="mine"))
+        await engine.aclose()
+    assert (len(one.bodies), len(two.bodies)) == (2, 0)
+
+
+@pytest.mark.anyio
+async def test_a_call_that_every_server_fails_sends_none_of_them_to_rest(wire):
+    async def step(request):
+        poison = 9 in (await request.json())["input_ids"]
+        return web.json_response(answer(), status=500 if poison else 200)
+
+    async with wire.serving(step) as one, wire.serving(step) as two:
+        engine = two_servers(one, two)
+        with pytest.raises(ModelError, match="answered 500"):
+            await engine.generate((9,), Sampling(routing_key="bad"))
+        for number in range(4):
+            await engine.generate((1,), Sampling(routing_key=f"{number}"))
+        async with anyio.create_task_group() as tasks:
+            for number in range(4):
+                tasks.start_soon(engine.generate, (2,), Sampling(routing_key=f"new {number}"))
+        await engine.aclose()
+    for server in (one, two):
+        assert len([body for body in server.bodies if body["input_ids"] == [2]]) == 2
+
+
+@pytest.mark.anyio
+async def test_the_first_calls_of_a_silent_server_wait_for_one_answer_together(wire):
+    reply = wire.replies(answer())
+    async with wire.serving(reply) as one, wire.serving(reply) as two:
+        engine = two_servers(one, two, timeout_s=0.5)
+        two.is_silent = True
+        start_s = anyio.current_time()
+        async with anyio.create_task_group() as tasks:
+            for number in range(8):
+                tasks.start_soon(engine.generate, (1,), Sampling(routing_key=f"{number}"))
+        taken_s = anyio.current_time() - start_s
+        await engine.aclose()
+    assert len(one.bodies) == 8
+    assert taken_s < 1.5
+
+
+@pytest.mark.anyio
+async def test_a_server_is_asked_again_what_it_serves_after_a_connection_was_lost(wire):
+    async def restarts(request: web.Request) -> web.StreamResponse:
+        server.be(**serves(another_tokenizer()))
+        request.transport.abort()
+        return web.Response()
+
+    reply = wire.replies(answer())
+    async with wire.serving(reply) as server:
+        server.be(**serves())
+        engine = SglangEngine(server.base_url, model=NANO, retry=QUICK)
+        await engine.generate((1,), DEFAULT)
+        server.steps = [restarts, restarts, reply]
+        with pytest.raises(ConfigError, match="tokenizer is another than ours"):
+            await engine.generate((2,), DEFAULT)
+        await engine.aclose()
+    assert server.bodies[-1]["input_ids"] == [2]
 
 
 @pytest.mark.anyio

@@ -23,6 +23,7 @@ from swarm_sdk.model_backend.http import ServerClient
 from swarm_sdk.model_backend.model import media
 from swarm_sdk.model_backend.model.mla import FullAttention
 from swarm_sdk.model_backend.openai_client import OpenAIModel
+from swarm_sdk.model_backend.sglang_client import SglangEngine
 from swarm_sdk.model_backend.sglang_weights import SglangWeights
 from swarm_sdk.types import Image, Message, Sampling, ToolSpec
 
@@ -133,14 +134,24 @@ async def test_requests_without_a_seed_differ_and_the_server_says_that_it_ignore
     assert len(seeded.token_ids) == 4
 
 
-async def test_a_prompt_over_the_context_is_a_context_overflow(engine):
-    with pytest.raises(ContextOverflow) as caught:
-        await engine.generate((5,) * 9000, Sampling(max_tokens=1))
-    assert caught.value.num_prompt_tokens == 9000
-    assert caught.value.limit_tokens == CONTEXT_TOKENS
-    with pytest.raises(ContextOverflow) as caught:
-        await engine.generate((5,) * 8000, Sampling(max_tokens=4000))
-    assert caught.value.num_prompt_tokens == 8000
+async def test_a_prompt_over_the_context_is_a_context_overflow(url, engine):
+    knows_nothing = SglangEngine(url)  # so it is the server that refuses
+    for asked in (engine, knows_nothing):
+        with pytest.raises(ContextOverflow) as caught:
+            await asked.generate((5,) * 9000, Sampling(max_tokens=1))
+        assert caught.value.num_prompt_tokens == 9000
+        assert caught.value.limit_tokens == CONTEXT_TOKENS
+    for num_prompt, num_asked in ((8000, 4000), (CONTEXT_TOKENS - 2, 1)):
+        with pytest.raises(ContextOverflow) as caught:
+            await knows_nothing.generate((5,) * num_prompt, Sampling(max_tokens=num_asked))
+        assert caught.value.num_prompt_tokens == num_prompt
+    await knows_nothing.aclose()
+
+
+async def test_an_answer_is_cut_to_the_room_that_the_context_leaves(engine):
+    generation = await engine.generate((5,) * 8100, Sampling(max_tokens=4000))
+    assert generation.finish_reason == "length"
+    assert 80 < len(generation.token_ids) <= CONTEXT_TOKENS - 8100
 
 
 async def num_running(client):
@@ -153,6 +164,19 @@ async def test_cancelling_frees_the_server_at_once(url, engine):
     with anyio.move_on_after(2.0) as scope:
         await engine.generate(random_ids(20, seed=10), LONG)
     assert scope.cancelled_caught
+    with anyio.fail_after(5):
+        while await num_running(client):  # noqa: ASYNC110  the server offers nothing to wait on
+            await anyio.sleep(0.1)
+    await client.aclose()
+
+
+async def test_a_listener_that_raises_frees_the_server_at_once(url, engine):
+    def tell(piece):
+        raise LookupError("mine")
+
+    client = ServerClient(url)
+    with anyio.fail_after(5), pytest.raises(LookupError, match="mine"):
+        await engine.stream(random_ids(20, seed=10), LONG, tell)
     with anyio.fail_after(5):
         while await num_running(client):  # noqa: ASYNC110  the server offers nothing to wait on
             await anyio.sleep(0.1)
