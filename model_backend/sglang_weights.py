@@ -14,8 +14,8 @@
 
 SGLang fuses tensors in the same way as ``KimiModel`` does, so its checksums can be computed here
 from our parameters by renaming alone (SGLang 0.5.23 on the CPU: SHA-256; 0.5.11 tells none).
-If an update breaks off after the first bucket, the server holds a mixture: it stays paused, so that
-no token is sampled from it, until an update succeeds.
+If an update breaks off after the first bucket, the servers hold a mixture: they stay paused, so
+that no token is sampled from it, until an update succeeds. If it breaks off before, they go on.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ import io
 import logging
 import pickle
 import re
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from http import HTTPStatus
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,7 +46,7 @@ from swarm_sdk.model_backend.weight_sink import check_shapes
 from swarm_sdk.model_backend.weights.names import CheckpointTensor, checkpoint_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
@@ -61,7 +63,8 @@ _PAUSE_MODE: Final[dict[InFlight, str]] = {
 }
 BUCKET_BYTES: Final = 2**30
 GROUP: Final = "swarm_weights"
-NOT_FOUND: Final = 404
+UNDO_S: Final = 30.0
+"""How long servers are asked to go on after an update that broke off."""
 
 # From our names to SGLang's: all else is the same.
 _RENAMED: Final = (
@@ -216,7 +219,8 @@ class SglangWeights:
         self._known: dict[ServerClient, _Facts] = {}
         self._lock = anyio.Lock()
         self._version = 0
-        self._is_paused = False
+        self._unfit: set[ServerClient] = set()
+        """Those that must not sample from what they hold: they stay paused."""
         self._group: Any = None
         self.is_verified: bool | None = None
         """Whether the last update's checksums were compared (and equal, or it had raised)."""
@@ -230,52 +234,71 @@ class SglangWeights:
         """Send all parameters to all servers; see ``WeightSink.update_weights``.
 
         Raises:
-            ConfigError: a tensor is missing, extra or misshapen; nothing was sent.
-            ModelError: a server failed, or its checksums differ; it is paused if it may hold a
-                mixture.
+            ConfigError: a tensor is missing, extra or misshapen, or there is no group to send
+                over; nothing was sent.
+            ModelError: a server failed, or its checksums differ. Those that may hold a mixture stay
+                paused, as it says; the others go on.
         """
         check_shapes(
             {name: tuple(tensor.shape) for name, tensor in state_dict.items()}, self._shapes
         )
+        if self._way == "distributed" and self._group is None:
+            raise ConfigError("the way 'distributed' needs SglangWeights.join before an update")
         async with self._lock:
-            await self._pause()
-            await self._begin()
-            content = buckets(state_dict, self._tensors, self._dtype, self._bucket_bytes)
-            for bucket, is_last in _marking_the_last(content):
-                how = {"weight_version": str(weight_version)} if is_last else {}
-                await self._send(bucket, {"flush_cache": False, **how})
-                if bucket.content.is_cuda:  # the servers have closed the memory of those before
-                    torch.cuda.ipc_collect()  # type: ignore[no-untyped-call]
-            await self._all("/end_weight_update", {}, or_missing=True)
-            await self._flush()
-            await self._verify(state_dict)
-            self._version = weight_version
-            await self._continue()
+            await self._each(self._facts)
+            async with self._paused():
+                await self._begin()
+                content = buckets(state_dict, self._tensors, self._dtype, self._bucket_bytes)
+                for bucket, is_last in _marking_the_last(content):
+                    how = {"weight_version": str(weight_version)} if is_last else {}
+                    self._unfit.update(self._clients)
+                    await self._send(bucket, {"flush_cache": False, **how})
+                    if bucket.content.is_cuda:  # the servers have closed the memory of those before
+                        torch.cuda.ipc_collect()  # type: ignore[no-untyped-call]
+                await self._all("/end_weight_update", {}, or_missing=True)
+                await self._each(self._flush)
+                await self._verify(state_dict)
+                self._unfit.clear()
+                self._version = weight_version
 
     async def load(self, directory: str | Path, weight_version: int) -> None:
         """Have all servers read a checkpoint that they can see at ``directory``.
 
+        SGLang reads it as at its start; nothing is compared afterwards.
+
         Raises:
             ConfigError: a tensor in it is missing, extra or misshapen, or a file cannot be read;
                 nothing was changed.
-            ModelError: a server failed; SGLang goes back to the weights before by itself.
+            ModelError: a server failed. One that refused goes on with the weights before, one that
+                broke off while it read stays paused, as it says.
         """
-        found = await anyio.to_thread.run_sync(_shapes_in, Path(directory))
+        directory = Path(await anyio.Path(directory).absolute())  # servers run in other folders
+        found = await anyio.to_thread.run_sync(_shapes_in, directory)
         expected = {tensor.name: tensor.shape for tensor in self._every}
         check_shapes(found, expected, what=f"the weights in '{directory}'")
+        payload = {
+            "model_path": str(directory),
+            "weight_version": str(weight_version),
+            "flush_cache": False,
+        }
+
+        async def load(client: ServerClient) -> None:
+            try:
+                await self._post(client, "/update_weights_from_disk", payload)
+            except ModelError as error:
+                # Its way back reads the new files once more, and keeps the old version's number.
+                if error.status is None or "Failed to update weights" in str(error):
+                    self._unfit.add(client)
+                raise
+            self._unfit.add(client)
+            await self._flush(client)
+            self._unfit.discard(client)
+
         async with self._lock:
-            await self._pause()
-            await self._all(
-                "/update_weights_from_disk",
-                {
-                    "model_path": str(directory),
-                    "weight_version": str(weight_version),
-                    "flush_cache": False,
-                },
-            )
-            await self._flush()
-            self._version, self.is_verified = weight_version, False
-            await self._continue()
+            await self._each(self._facts)
+            async with self._paused():
+                await self._each(load)
+                self._version, self.is_verified = weight_version, False
 
     async def checksums(self) -> list[dict[str, str] | None]:
         """Of each server: hash of each of its tensors by SGLang's name; ``None`` if it tells none.
@@ -308,9 +331,9 @@ class SglangWeights:
             ModelError: a server holds requests (with ``in_flight="abort"`` it never does), or
                 failed.
         """
-        async with self._lock:
-            await self._pause()
+        async with self._lock, self._paused():
             await self._each(self._check_idle)
+            self._unfit.update(self._clients)
             await self._all("/release_memory_occupation", {})
 
     async def resume_memory(self) -> None:
@@ -330,7 +353,8 @@ class SglangWeights:
         Raises:
             ModelError: a server failed to join.
         """
-        sizes = [(await self._facts(client)).num_ranks for client in self._clients]
+        await self._each(self._facts)
+        sizes = [self._known[client].num_ranks for client in self._clients]
 
         async def join(client: ServerClient, rank_offset: int) -> None:
             await client.post(
@@ -371,15 +395,51 @@ class SglangWeights:
 
     # -- steps -----------------------------------------------------------------------------------
 
+    @asynccontextmanager
+    async def _paused(self) -> AsyncIterator[None]:
+        """Pause all servers; at the end all but the unfit go on, whatever happened.
+
+        Each is paused anew: one that was started again meanwhile has forgotten it.
+        """
+        try:
+            await self._all("/pause_generation", {"mode": _PAUSE_MODE[self._in_flight]})
+            yield
+        except BaseException as error:
+            with anyio.move_on_after(UNDO_S, shield=True), suppress(ModelError):
+                await self._each(self._continue)
+            if self._unfit and isinstance(error, ModelError):
+                unfit = ", ".join(sorted(client.base_url for client in self._unfit))
+                raise ModelError(
+                    f"{error}; may hold a mixture of old and new, and stays paused until an update "
+                    f"succeeds: {unfit}",
+                    status=error.status,
+                    retryable=error.retryable,
+                ) from error
+            raise
+        await self._each(self._continue)
+
+    async def _continue(self, client: ServerClient) -> None:
+        if client not in self._unfit:
+            await self._post(client, "/continue_generation", {})
+
     async def _begin(self) -> None:
         """Open a session, where the server has them; one that a broken update left is closed."""
+
+        async def begin(client: ServerClient) -> None:
+            try:
+                await self._post(client, "/begin_weight_update", {}, or_missing=True)
+            except ModelError as error:
+                if "already open" not in str(error):
+                    raise
+                await self._post(client, "/end_weight_update", {})
+                await self._post(client, "/begin_weight_update", {})
+
         try:
-            await self._all("/begin_weight_update", {}, or_missing=True)
-        except ModelError as error:
-            if "already open" not in str(error):
-                raise
-            await self._all("/end_weight_update", {})
-            await self._all("/begin_weight_update", {})
+            await self._each(begin)
+        except ModelError:
+            with suppress(ModelError):
+                await self._all("/end_weight_update", {}, or_missing=True)
+            raise
 
     async def _send(self, bucket: Bucket, how: dict[str, Any]) -> None:
         if self._way == "tensor":
@@ -387,12 +447,12 @@ class SglangWeights:
             if bucket.content.is_cuda:
                 torch.cuda.synchronize()  # the server's process reads it next
             for_ranks = {
-                client: [content] * (await self._facts(client)).num_ranks
-                for client in self._clients
+                client: [content] * self._known[client].num_ranks for client in self._clients
             }
 
             async def post(client: ServerClient) -> None:
-                await client.post(
+                await self._post(
+                    client,
                     "/update_weights_from_tensor",
                     {
                         "serialized_named_tensors": for_ranks[client],
@@ -403,8 +463,6 @@ class SglangWeights:
 
             await self._each(post)
             return
-        if self._group is None:
-            raise ConfigError("the way 'distributed' needs SglangWeights.join before an update")
         told = {
             "names": bucket.names,
             "dtypes": [str(dtype).removeprefix("torch.") for dtype in bucket.dtypes],
@@ -423,7 +481,7 @@ class SglangWeights:
         """Compare what the servers hold with what was sent.
 
         Raises:
-            ModelError: a tensor differs; the server stays paused.
+            ModelError: a tensor differs.
         """
         self.is_verified = False
         if not self._verifies or any(tensor.is_cuda for tensor in state_dict.values()):
@@ -433,12 +491,12 @@ class SglangWeights:
             if checksums is None:
                 _log.warning("%s tells no checksums; the update is not verified", client.base_url)
                 return
-            dtype = (await self._facts(client)).dtype
+            dtype = self._known[client].dtype
             unlike = await anyio.to_thread.run_sync(self._unlike, state_dict, checksums, dtype)
             if unlike:
                 raise ModelError(
                     f"{client.base_url} holds other weights than were sent: {len(unlike)} tensors "
-                    f"differ, the first is {unlike[0]}; it is paused until an update succeeds"
+                    f"differ, the first is {unlike[0]}"
                 )
         self.is_verified = True
 
@@ -455,80 +513,76 @@ class SglangWeights:
                 unlike.append(name)
         return unlike
 
-    async def _flush(self) -> None:
+    async def _flush(self, client: ServerClient) -> None:
         """Forget the keys of the old weights, unless requests are to keep them.
 
         By a call of its own: SGLang 0.5.11 ends if it cannot flush within an update.
         """
-
-        async def flush(client: ServerClient) -> None:
-            try:
-                await client.command("/flush_cache", {})
-            except ModelError as error:
-                raise ModelError(
-                    f"{client.base_url} has the new weights and keeps keys of the old, for "
-                    "requests wait and this SGLang cannot flush then; it is paused: publish with "
-                    'in_flight="abort"'
-                ) from error
-
-        if self._in_flight != "keep":
-            await self._each(flush)
+        if self._in_flight == "keep":
+            return
+        try:
+            await client.command("/flush_cache", {})
+        except ModelError as error:
+            raise ModelError(
+                f"{client.base_url} has the new weights and keeps keys of the old, for requests "
+                'wait and this SGLang cannot flush then: publish with in_flight="abort"',
+                status=error.status,
+            ) from error
 
     async def _check_idle(self, client: ServerClient) -> None:
         loads = (await client.get("/v1/loads"))["loads"]
         num = sum(load["num_running_reqs"] + load["num_waiting_reqs"] for load in loads)
         if num:
-            await client.post("/continue_generation", {})
-            self._is_paused = False
             raise ModelError(f"{client.base_url} holds {num} requests; wait for them or abort them")
 
-    async def _pause(self) -> None:
-        if not self._is_paused:
-            await self._all("/pause_generation", {"mode": _PAUSE_MODE[self._in_flight]})
-            self._is_paused = True
-
-    async def _continue(self) -> None:
-        await self._all("/continue_generation", {})
-        self._is_paused = False
+    async def _post(
+        self, client: ServerClient, path: str, payload: dict[str, Any], *, or_missing: bool = False
+    ) -> None:
+        """Post to a server; with ``or_missing`` one without ``path`` is passed by."""
+        try:
+            answer = await client.post(path, payload)
+        except ModelError as error:
+            if or_missing and error.status == HTTPStatus.NOT_FOUND:
+                return
+            raise
+        if isinstance(answer, dict) and answer.get("success") is False:
+            raise ModelError(
+                f"{client.base_url}{path} failed: {answer.get('message')}", status=HTTPStatus.OK
+            )
 
     async def _all(self, path: str, payload: dict[str, Any], *, or_missing: bool = False) -> None:
-        """Post to all servers at once; with ``or_missing`` those without ``path`` are passed by."""
+        """Post the same to all servers at once."""
+        await self._each(lambda client: self._post(client, path, payload, or_missing=or_missing))
 
-        async def post(client: ServerClient) -> None:
+    async def _each(self, do: Callable[[ServerClient], Awaitable[object]]) -> None:
+        """Run ``do`` for all servers side by side, each to its end; then raise the first failure.
+
+        None is broken off because another failed: it may be reading our memory.
+        """
+        failures: list[Exception] = []
+
+        async def run(client: ServerClient) -> None:
             try:
-                answer = await client.post(path, payload)
-            except ModelError as error:
-                if or_missing and error.status == NOT_FOUND:
-                    return
-                raise
-            if isinstance(answer, dict) and answer.get("success") is False:
-                raise ModelError(f"{client.base_url}{path} failed: {answer.get('message')}")
+                await do(client)
+            except Exception as error:  # noqa: BLE001 - raised below, as it is
+                failures.append(error)
 
-        await self._each(post)
+        async with anyio.create_task_group() as tasks:
+            for client in self._clients:
+                tasks.start_soon(run, client, name=f"weights of {client.base_url}")
+        if failures:
+            raise failures[0]
 
-    async def _each(self, do: Any) -> None:
-        """Run ``do`` for all servers side by side and raise the first failure as it is."""
+    async def _facts(self, client: ServerClient) -> None:
+        """Ask anew what an update must know of a server: it may have been started again."""
+        told = await client.get("/server_info")
         try:
-            async with anyio.create_task_group() as tasks:
-                for client in self._clients:
-                    tasks.start_soon(do, client, name=f"weights of {client.base_url}")
-        except BaseExceptionGroup as failures:
-            raise failures.exceptions[0] from failures
-
-    async def _facts(self, client: ServerClient) -> _Facts:
-        """What an update must know of a server; asked once."""
-        facts = self._known.get(client)
-        if facts is None:
-            told = await client.get("/server_info")
-            try:
-                dtype = "bfloat16" if told["dtype"] == "auto" else str(told["dtype"])
-                facts = _Facts(int(told["tp_size"]), getattr(torch, dtype))
-            except (KeyError, TypeError, AttributeError) as error:
-                raise ModelError(
-                    f"{client.base_url} answers, but not as a SGLang server does"
-                ) from error
-            self._known[client] = facts
-        return facts
+            dtype = "bfloat16" if told["dtype"] == "auto" else str(told["dtype"])
+            self._known[client] = _Facts(int(told["tp_size"]), getattr(torch, dtype))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ModelError(
+                f"{client.base_url} answers, but not as a SGLang server does"
+            ) from error
 
 
 def _marking_the_last(content: Iterator[Bucket]) -> Iterator[tuple[Bucket, bool]]:

@@ -47,6 +47,9 @@ class Receiver:
     num_waiting: int = 0
     spoils: str = ""
     """The path that fails."""
+    says: str = "no memory"
+    """Why it does."""
+    info: dict = field(default_factory=lambda: {"tp_size": 1, "dtype": "auto", "device": "cpu"})
     base_url: str = ""
     paths: list = field(default_factory=list)
     bodies: list = field(default_factory=list)
@@ -59,7 +62,7 @@ class Receiver:
         self.paths.append(path)
         self.bodies.append(body)
         if path == self.spoils:
-            return web.json_response({"success": False, "message": "no memory"}, status=400)
+            return web.json_response({"success": False, "message": self.says}, status=400)
         if path in ("begin_weight_update", "end_weight_update"):
             if not self.has_sessions:
                 return web.json_response({"detail": "Not Found"}, status=404)
@@ -88,7 +91,13 @@ class Receiver:
         if request.path == "/v1/loads":
             load = {"num_running_reqs": 0, "num_waiting_reqs": self.num_waiting}
             return web.json_response({"loads": [load]})
-        return web.json_response({"tp_size": 1, "dtype": "auto"})
+        return web.json_response(self.info)
+
+    @property
+    def is_paused(self) -> bool:
+        """By the last of the two that it was told."""
+        told = [path for path in self.paths if path.endswith("_generation")]
+        return told[-1:] == ["pause_generation"]
 
 
 @asynccontextmanager
@@ -217,12 +226,13 @@ async def test_memory_is_given_back_only_by_a_server_without_requests(model, wei
         await sink.resume_memory()
         await sink.update_weights(weights, 1)
         await sink.aclose()
-    assert receiver.paths[2:5] == [
+    assert receiver.paths[2:6] == [
         "pause_generation",
         "release_memory_occupation",
         "resume_memory_occupation",
+        "pause_generation",
     ]
-    assert receiver.paths.count("pause_generation") == 2
+    assert receiver.paths.count("continue_generation") == 2
 
 
 @pytest.mark.anyio
@@ -266,15 +276,95 @@ async def test_a_server_that_may_hold_a_mixture_stays_paused_until_an_update_suc
     async with receiving(spoils=spoils) as receiver:
         expects(receiver, weights)
         sink = SglangWeights(receiver.base_url, model.config)
-        with pytest.raises(ModelError, match="no memory"):
+        with pytest.raises(ModelError, match=r"no memory.*a mixture.*stays paused until"):
             await sink.update_weights(weights, 1)
-        assert "continue_generation" not in receiver.paths
+        assert receiver.is_paused
         assert sink.weight_version == 0
+        receiver.spoils = "begin_weight_update"  # the next breaks off before its first bucket
+        with pytest.raises(ModelError, match=r"no memory.*a mixture.*stays paused until"):
+            await sink.update_weights(weights, 1)
+        assert receiver.is_paused
         receiver.spoils = ""
         await sink.update_weights(weights, 2)
         await sink.aclose()
-    assert receiver.paths.count("pause_generation") == 1
-    assert receiver.paths[-1] == "continue_generation"
+    # It is paused anew each time: it may have been started again meanwhile.
+    assert receiver.paths.count("pause_generation") == 3
+    assert not receiver.is_paused
+
+
+@pytest.mark.parametrize("spoils", ["pause_generation", "begin_weight_update"])
+@pytest.mark.anyio
+async def test_servers_go_on_if_another_fails_before_the_first_bucket(model, weights, spoils):
+    async with receiving() as healthy, receiving(spoils=spoils) as broken:
+        sink = SglangWeights([healthy.base_url, broken.base_url], model.config)
+        with pytest.raises(ModelError, match=r"no memory$"):
+            await sink.update_weights(weights, 1)
+        await sink.aclose()
+    assert not healthy.is_paused
+    assert not healthy.is_open
+    assert "update_weights_from_tensor" not in healthy.paths
+
+
+@pytest.mark.anyio
+async def test_a_server_that_does_not_answer_is_told_before_another_is_paused(model, weights):
+    async with receiving() as healthy:
+        async with receiving() as dead:
+            pass
+        sink = SglangWeights([healthy.base_url, dead.base_url], model.config)
+        with pytest.raises(ModelError, match=dead.base_url):
+            await sink.update_weights(weights, 1)
+        await sink.aclose()
+    assert healthy.paths == []
+
+
+@pytest.mark.anyio
+async def test_servers_go_on_if_one_of_them_holds_requests_and_no_memory_is_given_back(model):
+    async with receiving() as idle, receiving(num_waiting=1) as busy:
+        sink = SglangWeights([idle.base_url, busy.base_url], model.config)
+        with pytest.raises(ModelError, match="holds 1 requests"):
+            await sink.release_memory()
+        await sink.aclose()
+    for receiver in (idle, busy):
+        assert receiver.paths == ["pause_generation", "continue_generation"]
+
+
+@pytest.mark.anyio
+async def test_a_server_that_refuses_a_checkpoint_goes_on_and_the_others_have_it(model, tmp_path):
+    checkpoint.save(model, tmp_path, dtype=torch.bfloat16)
+    async with receiving() as good, receiving(spoils="update_weights_from_disk") as refusing:
+        sink = SglangWeights([good.base_url, refusing.base_url], model.config)
+        with pytest.raises(ModelError, match=r"no memory$"):
+            await sink.load(tmp_path, 1)
+        await sink.aclose()
+    assert good.paths[1:] == ["update_weights_from_disk", "flush_cache", "continue_generation"]
+    assert not refusing.is_paused
+    assert sink.weight_version == 0
+
+
+@pytest.mark.anyio
+async def test_a_server_that_breaks_off_while_it_reads_a_checkpoint_stays_paused(model, tmp_path):
+    checkpoint.save(model, tmp_path, dtype=torch.bfloat16)
+    says = "Failed to update weights: bad file.\nRolling back to original weights."
+    async with receiving(spoils="update_weights_from_disk", says=says) as receiver:
+        sink = SglangWeights(receiver.base_url, model.config)
+        with pytest.raises(ModelError, match=r"(?s)bad file.*stays paused until"):
+            await sink.load(tmp_path, 1)
+        assert receiver.is_paused
+        receiver.spoils = ""
+        await sink.load(tmp_path, 2)
+        await sink.aclose()
+    assert not receiver.is_paused
+
+
+@pytest.mark.anyio
+async def test_servers_get_the_whole_path_of_a_checkpoint(model, tmp_path, monkeypatch):
+    checkpoint.save(model, tmp_path / "new", dtype=torch.bfloat16)
+    monkeypatch.chdir(tmp_path)
+    async with receiving() as receiver:
+        sink = SglangWeights(receiver.base_url, model.config)
+        await sink.load("new", 1)
+        await sink.aclose()
+    assert receiver.bodies[1]["model_path"] == str(tmp_path / "new")
 
 
 @pytest.mark.anyio
