@@ -26,8 +26,10 @@ import io
 import logging
 import pickle
 import re
-from contextlib import asynccontextmanager, suppress
+import threading
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from http import HTTPStatus
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -189,13 +191,15 @@ class SglangWeights:
         verifies: bool = True,
         api_key: str | None = None,
         timeout_s: float = 600.0,
+        group_timeout_s: float = 60.0,
     ) -> None:
         """Connect to nothing yet.
 
         ``parameters`` are those that every update holds, by their names in ``KimiModel``; ``None``
         for all of them, the router's correction biases left out (they are buffers). ``dtype`` is
         what travels. ``verifies`` compares the servers' checksums after each update, where they
-        tell them.
+        tell them. ``timeout_s`` bounds a request, ``group_timeout_s`` a bucket of the way
+        ``distributed`` and the forming of its group.
 
         Raises:
             ConfigError: an address is none, or ``parameters`` names one that the model has not.
@@ -222,6 +226,7 @@ class SglangWeights:
         self._unfit: set[ServerClient] = set()
         """Those that must not sample from what they hold: they stay paused."""
         self._group: Any = None
+        self._group_timeout_s = group_timeout_s
         self.is_verified: bool | None = None
         """Whether the last update's checksums were compared (and equal, or it had raised)."""
 
@@ -351,31 +356,34 @@ class SglangWeights:
         ``backend`` is ``nccl`` between GPUs; two processes of one GPU cannot form such a group.
 
         Raises:
-            ModelError: a server failed to join.
+            ModelError: a server refused or did not join in time.
         """
         await self._each(self._facts)
         sizes = [self._known[client].num_ranks for client in self._clients]
 
-        async def join(client: ServerClient, rank_offset: int) -> None:
-            await client.post(
-                "/init_weights_update_group",
-                {
-                    "master_address": master_address,
-                    "master_port": master_port,
-                    "rank_offset": rank_offset,
-                    "world_size": 1 + sum(sizes),
-                    "group_name": GROUP,
-                    "backend": backend,
-                },
-            )
-
-        async with anyio.create_task_group() as tasks:
-            for index, client in enumerate(self._clients):
-                offset = 1 + sum(sizes[:index])
-                tasks.start_soon(join, client, offset, name=f"join {client.base_url}")
-            self._group = await anyio.to_thread.run_sync(
-                _new_group, f"tcp://{master_address}:{master_port}", 1 + sum(sizes), backend
-            )
+        world_size, address = 1 + sum(sizes), f"tcp://{master_address}:{master_port}"
+        told = {
+            "master_address": master_address,
+            "master_port": master_port,
+            "world_size": world_size,
+            "group_name": GROUP,
+            "backend": backend,
+        }
+        path = "/init_weights_update_group"
+        with self._as_one_failure():
+            async with anyio.create_task_group() as tasks:
+                for index, client in enumerate(self._clients):
+                    rank_offset = {"rank_offset": 1 + sum(sizes[:index])}
+                    name = f"join {client.base_url}"
+                    tasks.start_soon(self._post, client, path, told | rank_offset, name=name)
+                self._group = await anyio.to_thread.run_sync(
+                    _new_group,
+                    address,
+                    world_size,
+                    backend,
+                    self._group_timeout_s,
+                    abandon_on_cancel=True,
+                )
 
     async def leave(self) -> None:
         """Dissolve the process group.
@@ -471,11 +479,44 @@ class SglangWeights:
             "load_format": "flattened_bucket",
             **how,
         }
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self._all, "/update_weights_from_distributed", told, name="update")
-            await anyio.to_thread.run_sync(
-                lambda: torch.distributed.broadcast(bucket.content, src=0, group=self._group)
+        path = "/update_weights_from_distributed"
+        with self._as_one_failure():
+            async with anyio.create_task_group() as tasks:
+                for client in self._clients:
+                    name = f"weights of {client.base_url}"
+                    tasks.start_soon(self._post, client, path, told, name=name)
+                await self._broadcast(bucket.content)
+
+    async def _broadcast(self, content: Tensor) -> None:
+        """Send to all ranks of the group; can be cancelled, as a collective cannot."""
+        group = self._group
+        with anyio.fail_after(self._group_timeout_s):
+            work = await anyio.to_thread.run_sync(
+                lambda: torch.distributed.broadcast(content, src=0, group=group, async_op=True),
+                abandon_on_cancel=True,  # NCCL meets the others in its first collective
             )
+            while not work.is_completed():  # noqa: ASYNC110 - it tells nobody when it is
+                await anyio.sleep(0.001)
+        work.wait()
+
+    @contextmanager
+    def _as_one_failure(self) -> Iterator[None]:
+        """Raise what failed in a group as one error, a server's before ours; the group is gone."""
+        try:
+            yield
+        except BaseException as error:
+            group, self._group = self._group, None
+            if group is not None:  # gloo waits for the others before it ends
+                threading.Thread(target=_abort, args=[group], daemon=True).start()
+            found = list(error.exceptions) if isinstance(error, BaseExceptionGroup) else [error]
+            del group
+            for one in found:
+                if isinstance(one, ModelError):
+                    raise one from error
+            if isinstance(found[0], RuntimeError | TimeoutError):  # torch's are RuntimeErrors
+                reason = str(found[0]) or f"no answer within {self._group_timeout_s:g} s"
+                raise ModelError(f"the process group failed: {reason}; join again") from error
+            raise
 
     async def _verify(self, state_dict: Mapping[str, Tensor]) -> None:
         """Compare what the servers hold with what was sent.
@@ -637,12 +678,13 @@ def _shapes_in(directory: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _new_group(init_method: str, world_size: int, backend: str) -> Any:
+def _new_group(init_method: str, world_size: int, backend: str, timeout_s: float) -> Any:
     """A process group beside the trainer's own, met by SGLang's in every key of the store."""
     from torch.distributed import distributed_c10d as c10d
     from torch.distributed.rendezvous import rendezvous
 
-    store, rank, size = next(rendezvous(init_method, 0, world_size))
+    timeout = timedelta(seconds=timeout_s)
+    store, rank, size = next(rendezvous(init_method, 0, world_size, timeout=timeout))
     group, _ = c10d._new_process_group_helper(  # noqa: SLF001 - the public way makes subgroups only
         size,
         rank,
@@ -650,7 +692,13 @@ def _new_group(init_method: str, world_size: int, backend: str) -> Any:
         c10d.Backend(backend),
         c10d.PrefixStore(GROUP, store),
         group_name=c10d.GroupName(GROUP),
-        timeout=c10d.default_pg_timeout,
+        timeout=2 * timeout,  # after ours: NCCL's own ends the process
     )
     c10d._world.pg_group_ranks[group] = {index: index for index in range(size)}  # noqa: SLF001
     return group
+
+
+def _abort(group: Any) -> None:
+    with suppress(RuntimeError):
+        group.abort()
+        torch.distributed.destroy_process_group(group)

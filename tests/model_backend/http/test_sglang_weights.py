@@ -6,9 +6,13 @@ and checksums; 0.5.11: neither). What SGLang makes of them: ``tests/model_backen
 
 import base64
 import pickle
+import socket
+import sys
+import time
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+import anyio
 import pytest
 import torch
 from aiohttp import web
@@ -440,3 +444,77 @@ async def test_the_way_over_a_process_group_needs_the_group(model, weights):
         with pytest.raises(ConfigError, match="join"):
             await sink.update_weights(weights, 1)
         await sink.aclose()
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+RANK_1 = """
+import datetime, sys, time
+from torch.distributed import distributed_c10d as c10d
+from torch.distributed.rendezvous import rendezvous
+print("ready", flush=True)
+store, _, _ = next(rendezvous("tcp://127.0.0.1:" + sys.argv[1], 1, 2))
+name, backend = c10d.GroupName("swarm_weights"), c10d.Backend("gloo")
+store, wait = c10d.PrefixStore("swarm_weights", store), datetime.timedelta(seconds=60)
+c10d._new_process_group_helper(2, 1, [], backend, store, group_name=name, timeout=wait)
+time.sleep(60)
+"""
+
+
+@pytest.mark.anyio
+async def test_a_server_that_refuses_to_join_is_told_at_once_as_one_error(model):
+    async with receiving(spoils="init_weights_update_group") as receiver:
+        sink = SglangWeights(
+            receiver.base_url, model.config, way="distributed", group_timeout_s=3.0
+        )
+        began_s = time.monotonic()
+        with pytest.raises(ModelError, match=r"no memory$"):
+            await sink.join("127.0.0.1", free_port())
+        assert time.monotonic() - began_s < 2.0
+        await sink.aclose()
+
+
+@pytest.mark.anyio
+async def test_a_server_that_never_joins_is_told_after_the_timeout_of_the_group(model):
+    async with receiving() as receiver:
+        sink = SglangWeights(
+            receiver.base_url, model.config, way="distributed", group_timeout_s=1.0
+        )
+        with pytest.raises(ModelError, match="process group failed"):
+            await sink.join("127.0.0.1", free_port())
+        await sink.aclose()
+
+
+@pytest.mark.parametrize(
+    ("spoils", "says"),
+    [("update_weights_from_distributed", "no memory"), ("", r"no answer within 2 s; join again")],
+)
+@pytest.mark.anyio
+async def test_a_broadcast_that_a_server_does_not_take_ends_soon_as_one_error(
+    model, weights, spoils, says
+):
+    async with receiving(spoils=spoils) as receiver:
+        sink = SglangWeights(
+            receiver.base_url, model.config, way="distributed", group_timeout_s=2.0
+        )
+        port = free_port()
+        command = [sys.executable, "-c", RANK_1, str(port)]
+        rank_1 = await anyio.open_process(command, stderr=None)
+        try:
+            assert b"ready" in await rank_1.stdout.receive()
+            await sink.join("127.0.0.1", port)
+            began_s = time.monotonic()
+            with pytest.raises(ModelError, match=says + r".*stays paused until"):
+                await sink.update_weights(weights, 1)
+            assert time.monotonic() - began_s < (2.0 if spoils else 4.0)
+        finally:
+            rank_1.kill()
+            await rank_1.aclose()
+        with pytest.raises(ConfigError, match="join"):
+            await sink.update_weights(weights, 1)
+        await sink.aclose()
+    assert receiver.is_paused
