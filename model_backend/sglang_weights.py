@@ -40,12 +40,15 @@ import anyio
 import anyio.to_thread
 import torch
 import torch.multiprocessing
-from safetensors import SafetensorError, safe_open
 
 from swarm_sdk.errors import ConfigError, ModelError
 from swarm_sdk.model_backend.http import ServerClient
+from swarm_sdk.model_backend.model.config_json import read_json
 from swarm_sdk.model_backend.weight_sink import check_shapes
+from swarm_sdk.model_backend.weights.headers import read_headers
+from swarm_sdk.model_backend.weights.layout import stored_tensors
 from swarm_sdk.model_backend.weights.names import CheckpointTensor, checkpoint_tensors
+from swarm_sdk.model_backend.weights.quantization import found_quantization
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
@@ -65,6 +68,8 @@ _PAUSE_MODE: Final[dict[InFlight, str]] = {
 }
 BUCKET_BYTES: Final = 2**30
 GROUP: Final = "swarm_weights"
+INT4: Final = "compressed-tensors"
+"""What SGLang calls the quantization of ``weights/int4.py``."""
 UNDO_S: Final = 30.0
 """How long servers are asked to go on after an update that broke off."""
 
@@ -173,6 +178,8 @@ class _Facts:
     num_ranks: int
     """Processes of its tensor parallelism."""
     dtype: torch.dtype
+    quantization: str | None
+    """``""`` for none, ``None`` if it cannot be known."""
 
 
 class SglangWeights:
@@ -213,7 +220,7 @@ class SglangWeights:
         wanted = set(_trained(known) if parameters is None else parameters)
         if unknown := sorted(wanted - set(known)):
             raise ConfigError(f"the model has no parameter '{unknown[0]}'")
-        self._every = every
+        self._config = config
         self._tensors = [tensor for tensor in every if tensor.parameter in wanted]
         self._shapes = _parameter_shapes(self._tensors)
         self._way: Way = way
@@ -239,8 +246,8 @@ class SglangWeights:
         """Send all parameters to all servers; see ``WeightSink.update_weights``.
 
         Raises:
-            ConfigError: a tensor is missing, extra or misshapen, or there is no group to send
-                over; nothing was sent.
+            ConfigError: a tensor is missing, extra or misshapen, a server's weights are quantized,
+                or there is no group to send over; nothing was sent.
             ModelError: a server failed, or its checksums differ. Those that may hold a mixture stay
                 paused, as it says; the others go on.
         """
@@ -251,6 +258,13 @@ class SglangWeights:
             raise ConfigError("the way 'distributed' needs SglangWeights.join before an update")
         async with self._lock:
             await self._each(self._facts)
+            for client in self._clients:
+                if quantization := self._known[client].quantization:
+                    raise ConfigError(
+                        f"{client.base_url} serves quantized weights ({quantization}), which cannot be sent "
+                        "to it: save a checkpoint, convert it (swarm checkpoint convert SRC DST "
+                        "--to int4) and use SglangWeights.load"
+                    )
             async with self._paused():
                 await self._begin()
                 content = buckets(state_dict, self._tensors, self._dtype, self._bucket_bytes)
@@ -272,15 +286,19 @@ class SglangWeights:
         SGLang reads it as at its start; nothing is compared afterwards.
 
         Raises:
-            ConfigError: a tensor in it is missing, extra or misshapen, or a file cannot be read;
-                nothing was changed.
+            ConfigError: a tensor in it is missing, extra or misshapen, its experts are in another
+                form than a server's, or a file cannot be read; nothing was changed.
             ModelError: a server failed. One that refused goes on with the weights before, one that
                 broke off while it read stays paused, as it says.
         """
         directory = Path(await anyio.Path(directory).absolute())  # servers run in other folders
-        found = await anyio.to_thread.run_sync(_shapes_in, directory)
-        expected = {tensor.name: tensor.shape for tensor in self._every}
-        check_shapes(found, expected, what=f"the weights in '{directory}'")
+        headers = await anyio.to_thread.run_sync(read_headers, directory)
+        is_int4 = any(name.endswith(".weight_packed") for name in headers)
+        check_shapes(
+            {name: info.shape for name, info in headers.items()},
+            {tensor.name: tensor.shape for tensor in stored_tensors(self._config, int4=is_int4)},
+            what=f"the weights in '{directory}'",
+        )
         payload = {
             "model_path": str(directory),
             "weight_version": str(weight_version),
@@ -301,6 +319,14 @@ class SglangWeights:
 
         async with self._lock:
             await self._each(self._facts)
+            for client in self._clients:
+                quantization = self._known[client].quantization
+                if quantization is not None and is_int4 != (quantization == INT4):
+                    held, given = ("bf16", "INT4") if is_int4 else ("INT4", "bf16")
+                    raise ConfigError(
+                        f"{client.base_url} serves {held} experts and '{directory}' holds {given}: "
+                        f"swarm checkpoint convert SRC DST --to {held.lower()}"
+                    )
             async with self._paused():
                 await self._each(load)
                 self._version, self.is_verified = weight_version, False
@@ -619,11 +645,12 @@ class SglangWeights:
         told = await client.get("/server_info")
         try:
             dtype = "bfloat16" if told["dtype"] == "auto" else str(told["dtype"])
-            self._known[client] = _Facts(int(told["tp_size"]), getattr(torch, dtype))
+            num_ranks, known = int(told["tp_size"]), getattr(torch, dtype)
         except (KeyError, TypeError, AttributeError) as error:
             raise ModelError(
                 f"{client.base_url} answers, but not as a SGLang server does"
             ) from error
+        self._known[client] = _Facts(num_ranks, known, _quantization(told))
 
 
 def _marking_the_last(content: Iterator[Bucket]) -> Iterator[tuple[Bucket, bool]]:
@@ -662,20 +689,19 @@ def _parameter_shapes(tensors: Sequence[CheckpointTensor]) -> dict[str, tuple[in
     }
 
 
-def _shapes_in(directory: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a checkpoint, from the headers of its files."""
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise ConfigError(f"there are no *.safetensors in '{directory}'; check the path")
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in files:
-        try:
-            with safe_open(path, "pt") as file:
-                for name in file.keys():  # noqa: SIM118 - it is no mapping
-                    shapes[name] = tuple(file.get_slice(name).get_shape())
-        except (OSError, SafetensorError) as error:
-            raise ConfigError(f"'{path}' cannot be read as safetensors: {error}") from error
-    return shapes
+def _quantization(told: Mapping[str, Any]) -> str | None:
+    """How a server's weights are quantized: ``""`` for not at all, ``None`` if it cannot be known.
+
+    By its own word, which 0.5.11 and 0.5.23 keep for some GPUs, or by its model's ``config.json``,
+    if that can be read from here.
+    """
+    if told.get("quantization"):
+        return str(told["quantization"])
+    try:
+        config_json = read_json(Path(told["model_path"]))
+    except (ConfigError, KeyError, TypeError):
+        return None
+    return str((found_quantization(config_json) or {}).get("quant_method", ""))
 
 
 def _new_group(init_method: str, world_size: int, backend: str, timeout_s: float) -> Any:

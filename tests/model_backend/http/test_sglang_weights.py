@@ -5,6 +5,7 @@ and checksums; 0.5.11: neither). What SGLang makes of them: ``tests/model_backen
 """
 
 import base64
+import json
 import pickle
 import socket
 import sys
@@ -417,9 +418,9 @@ async def test_a_checkpoint_on_disk_is_checked_by_its_headers_before_the_server_
         sink = SglangWeights(receiver.base_url, model.config)
         with pytest.raises(ConfigError, match=r"1 missing .*norm.*1 misshapen .*lm_head"):
             await sink.load(short, 1)
-        with pytest.raises(ConfigError, match=r"broken/model\.safetensors' cannot be read"):
+        with pytest.raises(ConfigError, match=r"broken/model\.safetensors is damaged"):
             await sink.load(broken, 1)
-        with pytest.raises(ConfigError, match=r"no \*\.safetensors"):
+        with pytest.raises(ConfigError, match=r"model\.safetensors is missing"):
             await sink.load(tmp_path, 1)
         assert receiver.paths == []
         await sink.load(good, 3)
@@ -427,6 +428,40 @@ async def test_a_checkpoint_on_disk_is_checked_by_its_headers_before_the_server_
     assert receiver.paths[1] == "update_weights_from_disk"
     assert receiver.bodies[1]["weight_version"] == "3"
     assert sink.weight_version == 3
+
+
+@pytest.mark.parametrize("tells", [True, False])
+@pytest.mark.anyio
+async def test_a_server_of_quantized_weights_is_refused_before_anything_is_sent(
+    model, weights, tmp_path, tells
+):
+    described = {"quantization_config": {"quant_method": "compressed-tensors"}}
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    async with receiving() as receiver:
+        more = {"quantization": "compressed-tensors"} if tells else {"model_path": str(tmp_path)}
+        receiver.info |= more
+        sink = SglangWeights(receiver.base_url, model.config)
+        with pytest.raises(ConfigError, match=r"quantized weights \(compressed-tensors\).*\.load"):
+            await sink.update_weights(weights, 1)
+        await sink.aclose()
+    assert receiver.paths == []
+
+
+@pytest.mark.anyio
+async def test_a_server_loads_checkpoints_of_its_own_form_alone(model, tmp_path):
+    checkpoint.save(model, tmp_path / "int4", is_int4=True)
+    checkpoint.save(model, tmp_path / "bf16", dtype=torch.bfloat16)
+    async with receiving() as int4, receiving() as bf16:
+        int4.info["model_path"] = str(tmp_path / "int4")
+        bf16.info["model_path"] = str(tmp_path / "bf16")
+        for receiver, own, other in ((int4, "int4", "bf16"), (bf16, "bf16", "int4")):
+            sink = SglangWeights(receiver.base_url, model.config)
+            with pytest.raises(ConfigError, match=f"convert SRC DST --to {own}"):
+                await sink.load(tmp_path / other, 1)
+            assert receiver.paths == []
+            await sink.load(tmp_path / own, 1)
+            await sink.aclose()
+            assert "update_weights_from_disk" in receiver.paths
 
 
 @pytest.mark.anyio
