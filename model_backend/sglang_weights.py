@@ -13,7 +13,10 @@
                abort     they are ended, and ``SglangEngine`` asks for them again
 
 SGLang fuses tensors in the same way as ``KimiModel`` does, so its checksums can be computed here
-from our parameters by renaming alone (SGLang 0.5.23 on the CPU: SHA-256; 0.5.11 tells none).
+from our parameters by renaming alone (``sglang_checksums.py``; SGLang 0.5.11 tells none). A server
+may keep all tensors of a kind in a layout of its kernels' own (some backends of experts, AMX), and
+no checksum of that kind is ours then. So a tensor is wrong if it differs and others of its kind
+agree; if a whole kind differs, the update is not called bad and not called verified.
 If an update breaks off after the first bucket, the servers hold a mixture: they stay paused, so
 that no token is sampled from it, until an update succeeds. If it breaks off before, they go on.
 """
@@ -21,7 +24,6 @@ that no token is sampled from it, until an update succeeds. If it breaks off bef
 from __future__ import annotations
 
 import base64
-import hashlib
 import io
 import logging
 import pickle
@@ -44,6 +46,7 @@ import torch.multiprocessing
 from swarm_sdk.errors import ConfigError, ModelError
 from swarm_sdk.model_backend.http import ServerClient
 from swarm_sdk.model_backend.model.config_json import read_json
+from swarm_sdk.model_backend.sglang_checksums import checksum
 from swarm_sdk.model_backend.weight_sink import check_shapes
 from swarm_sdk.model_backend.weights.headers import read_headers
 from swarm_sdk.model_backend.weights.layout import stored_tensors
@@ -178,6 +181,7 @@ class _Facts:
     num_ranks: int
     """Processes of its tensor parallelism."""
     dtype: torch.dtype
+    is_on_gpu: bool
     quantization: str | None
     """``""`` for none, ``None`` if it cannot be known."""
 
@@ -204,9 +208,9 @@ class SglangWeights:
 
         ``parameters`` are those that every update holds, by their names in ``KimiModel``; ``None``
         for all of them, the router's correction biases left out (they are buffers). ``dtype`` is
-        what travels. ``verifies`` compares the servers' checksums after each update, where they
-        tell them. ``timeout_s`` bounds a request, ``group_timeout_s`` a bucket of the way
-        ``distributed`` and the forming of its group.
+        what travels. ``verifies`` compares the servers' checksums in each update (``verify``).
+        ``timeout_s`` bounds a request, ``group_timeout_s`` a bucket of the way ``distributed`` and
+        the forming of its group.
 
         Raises:
             ConfigError: an address is none, or ``parameters`` names one that the model has not.
@@ -234,8 +238,11 @@ class SglangWeights:
         """Those that must not sample from what they hold: they stay paused."""
         self._group: Any = None
         self._group_timeout_s = group_timeout_s
+        self._sending: Any = None
+        """The last broadcast of the group."""
+        self._warned: set[ServerClient] = set()
         self.is_verified: bool | None = None
-        """Whether the last update's checksums were compared (and equal, or it had raised)."""
+        """Whether every server's checksums were compared with the last update's and are equal."""
 
     @property
     def weight_version(self) -> int:
@@ -261,9 +268,9 @@ class SglangWeights:
             for client in self._clients:
                 if quantization := self._known[client].quantization:
                     raise ConfigError(
-                        f"{client.base_url} serves quantized weights ({quantization}), which cannot be sent "
-                        "to it: save a checkpoint, convert it (swarm checkpoint convert SRC DST "
-                        "--to int4) and use SglangWeights.load"
+                        f"{client.base_url} serves quantized weights ({quantization}), which "
+                        "cannot be sent to it: save a checkpoint, convert it (swarm checkpoint "
+                        "convert SRC DST --to int4) and use SglangWeights.load"
                     )
             async with self._paused():
                 await self._begin()
@@ -276,14 +283,16 @@ class SglangWeights:
                         torch.cuda.ipc_collect()  # type: ignore[no-untyped-call]
                 await self._all("/end_weight_update", {}, or_missing=True)
                 await self._each(self._flush)
-                await self._verify(state_dict)
+                self.is_verified = False
+                if self._verifies:
+                    await self._verify(state_dict)
                 self._unfit.clear()
                 self._version = weight_version
 
     async def load(self, directory: str | Path, weight_version: int) -> None:
         """Have all servers read a checkpoint that they can see at ``directory``.
 
-        SGLang reads it as at its start; nothing is compared afterwards.
+        SGLang reads it as at its start. Nothing is compared: who has the weights calls ``verify``.
 
         Raises:
             ConfigError: a tensor in it is missing, extra or misshapen, its experts are in another
@@ -331,8 +340,24 @@ class SglangWeights:
                 await self._each(load)
                 self._version, self.is_verified = weight_version, False
 
+    async def verify(self, state_dict: Mapping[str, Tensor]) -> bool:
+        """Compare the servers' checksums with those of ``state_dict``; also sets ``is_verified``.
+
+        ``True`` proves that the tensors of all servers are these, bit for bit. ``False``, with one
+        warning a server, if that cannot be told: it tells no checksums, has the tensors in parts
+        (tensor parallelism), or keeps or hashes them in another way.
+
+        Raises:
+            ModelError: a server failed, or holds a tensor that is another.
+        """
+        async with self._lock:
+            await self._each(self._facts)
+            return await self._verify(state_dict)
+
     async def checksums(self) -> list[dict[str, str] | None]:
-        """Of each server: hash of each of its tensors by SGLang's name; ``None`` if it tells none.
+        """Of each server: hash of each of its tensors by SGLang's name.
+
+        ``None`` if it tells none, or has them in parts on several GPUs.
 
         Raises:
             ModelError: a server failed.
@@ -521,6 +546,7 @@ class SglangWeights:
                 lambda: torch.distributed.broadcast(content, src=0, group=group, async_op=True),
                 abandon_on_cancel=True,  # NCCL meets the others in its first collective
             )
+            self._sending = work
             while not work.is_completed():  # noqa: ASYNC110 - it tells nobody when it is
                 await anyio.sleep(0.001)
         work.wait()
@@ -531,9 +557,9 @@ class SglangWeights:
         try:
             yield
         except BaseException as error:
-            group, self._group = self._group, None
-            if group is not None:  # gloo waits for the others before it ends
-                threading.Thread(target=_abort, args=[group], daemon=True).start()
+            group, sending, self._group, self._sending = self._group, self._sending, None, None
+            if group is not None:
+                threading.Thread(target=_abort, args=[group, sending], daemon=True).start()
             found = list(error.exceptions) if isinstance(error, BaseExceptionGroup) else [error]
             del group
             for one in found:
@@ -544,41 +570,55 @@ class SglangWeights:
                 raise ModelError(f"the process group failed: {reason}; join again") from error
             raise
 
-    async def _verify(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Compare what the servers hold with what was sent.
-
-        Raises:
-            ModelError: a tensor differs.
-        """
+    async def _verify(self, state_dict: Mapping[str, Tensor]) -> bool:
         self.is_verified = False
-        if not self._verifies or any(tensor.is_cuda for tensor in state_dict.values()):
-            return  # a server on a GPU hashes by a kernel of its own
         told = await self.checksums()
+        doubts: dict[ServerClient, str] = {}
         for client, checksums in zip(self._clients, told, strict=True):
             if checksums is None:
-                _log.warning("%s tells no checksums; the update is not verified", client.base_url)
-                return
-            dtype = self._known[client].dtype
-            unlike = await anyio.to_thread.run_sync(self._unlike, state_dict, checksums, dtype)
-            if unlike:
+                doubts[client] = "it tells no checksums of whole tensors"
+                continue
+            wrong, unclear = await anyio.to_thread.run_sync(
+                self._unlike, state_dict, checksums, self._known[client]
+            )
+            if wrong:
                 raise ModelError(
-                    f"{client.base_url} holds other weights than were sent: {len(unlike)} tensors "
-                    f"differ, the first is {unlike[0]}"
+                    f"{client.base_url} holds other weights than were sent: {len(wrong)} tensors "
+                    f"differ, the first is {wrong[0]}"
                 )
-        self.is_verified = True
+            if unclear:
+                doubts[client] = (
+                    f"it keeps or hashes all tensors of a kind in another way ({len(unclear)} "
+                    f"tensors, the first is {unclear[0]})"
+                )
+        for client, doubt in doubts.items():
+            if client not in self._warned:
+                _log.warning("%s: updates are not verified, for %s", client.base_url, doubt)
+        self._warned |= set(doubts)
+        self.is_verified = not doubts
+        return self.is_verified
 
     def _unlike(
-        self, state_dict: Mapping[str, Tensor], checksums: Mapping[str, str], dtype: torch.dtype
-    ) -> list[str]:
+        self, state_dict: Mapping[str, Tensor], checksums: Mapping[str, str], facts: _Facts
+    ) -> tuple[list[str], list[str]]:
+        """Names of the tensors that are wrong, and of those that differ with all of their kind."""
         float32 = {tensor.parameter for tensor in self._tensors if tensor.is_float32}
-        unlike = []
+        differ, agreeing = [], set()
         for name, tensor in state_dict.items():
             sent = tensor.detach()
             if name not in float32:
-                sent = sent.to(self._dtype).to(dtype)
-            if checksums.get(sglang_name(name)) != checksum(sent):
-                unlike.append(name)
-        return unlike
+                sent = sent.to(self._dtype).to(facts.dtype)
+            if checksums.get(sglang_name(name)) == checksum(sent, on_gpu=facts.is_on_gpu):
+                agreeing.add(_kind(name, sent))
+            else:
+                differ.append((name, _kind(name, sent)))
+        # What it has packed only, it has passed over: the server is quantized after all.
+        wrong = [
+            name
+            for name, kind in differ
+            if kind in agreeing or f"{sglang_name(name)}_packed" in checksums
+        ]
+        return wrong, [name for name, _ in differ if name not in wrong]
 
     async def _flush(self, client: ServerClient) -> None:
         """Forget the keys of the old weights, unless requests are to keep them.
@@ -650,7 +690,8 @@ class SglangWeights:
             raise ModelError(
                 f"{client.base_url} answers, but not as a SGLang server does"
             ) from error
-        self._known[client] = _Facts(num_ranks, known, _quantization(told))
+        is_on_gpu = str(told.get("device", "")).startswith("cuda")
+        self._known[client] = _Facts(num_ranks, known, is_on_gpu, _quantization(told))
 
 
 def _marking_the_last(content: Iterator[Bucket]) -> Iterator[tuple[Bucket, bool]]:
@@ -663,10 +704,9 @@ def _marking_the_last(content: Iterator[Bucket]) -> Iterator[tuple[Bucket, bool]
         yield held, True
 
 
-def checksum(tensor: Tensor) -> str:
-    """SGLang's hash of a tensor on the CPU: the first 8 bytes of SHA-256, in hex."""
-    content = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.sha256(content.data).hexdigest()[:16]
+def _kind(name: str, tensor: Tensor) -> str:
+    """What a server keeps in the same layout: the same matrix of all layers; all vectors."""
+    return "vector" if tensor.dim() == 1 else re.sub(r"\d+", "", name)
 
 
 def _trained(names: Mapping[str, None]) -> Iterator[str]:
@@ -724,7 +764,12 @@ def _new_group(init_method: str, world_size: int, backend: str, timeout_s: float
     return group
 
 
-def _abort(group: Any) -> None:
-    with suppress(RuntimeError):
-        group.abort()
-        torch.distributed.destroy_process_group(group)
+def _abort(group: Any, sending: Any) -> None:
+    """End a group; gloo must be waited for, or its end would hold up every thread of Python."""
+    for end in (
+        group.abort,
+        *([sending.wait] if sending is not None else []),
+        lambda: torch.distributed.destroy_process_group(group),
+    ):
+        with suppress(RuntimeError):
+            end()
