@@ -315,14 +315,19 @@ class SglangWeights:
         }
 
         async def load(client: ServerClient) -> None:
+            was_unfit = client in self._unfit
+            self._unfit.add(client)
             try:
                 await self._post(client, "/update_weights_from_disk", payload)
             except ModelError as error:
-                # Its way back reads the new files once more, and keeps the old version's number.
-                if error.status is None or "Failed to update weights" in str(error):
-                    self._unfit.add(client)
+                # A failed read is another thing than a refusal: SGLang's way back reads the new
+                # files once more, under the old version's number.
+                is_refusal = error.status is not None and "Failed to update weights" not in str(
+                    error
+                )
+                if is_refusal and not was_unfit:
+                    self._unfit.discard(client)
                 raise
-            self._unfit.add(client)
             await self._flush(client)
             self._unfit.discard(client)
 
@@ -411,7 +416,6 @@ class SglangWeights:
         """
         await self._each(self._facts)
         sizes = [self._known[client].num_ranks for client in self._clients]
-
         world_size, address = 1 + sum(sizes), f"tcp://{master_address}:{master_port}"
         told = {
             "master_address": master_address,
@@ -542,7 +546,7 @@ class SglangWeights:
         """Send to all ranks of the group; can be cancelled, as a collective cannot."""
         group = self._group
         with anyio.fail_after(self._group_timeout_s):
-            work = await anyio.to_thread.run_sync(
+            work: Any = await anyio.to_thread.run_sync(
                 lambda: torch.distributed.broadcast(content, src=0, group=group, async_op=True),
                 abandon_on_cancel=True,  # NCCL meets the others in its first collective
             )
@@ -705,8 +709,12 @@ def _marking_the_last(content: Iterator[Bucket]) -> Iterator[tuple[Bucket, bool]
 
 
 def _kind(name: str, tensor: Tensor) -> str:
-    """What a server keeps in the same layout: the same matrix of all layers; all vectors."""
-    return "vector" if tensor.dim() == 1 else re.sub(r"\d+", "", name)
+    """What a server keeps in the same form: a matrix of all layers; vectors, but for the biases.
+
+    The router's correction biases may have a precision of their own.
+    """
+    is_plain = tensor.dim() == 1 and not name.endswith("e_score_correction_bias")
+    return "vector" if is_plain else re.sub(r"\d+", "", name)
 
 
 def _trained(names: Mapping[str, None]) -> Iterator[str]:
