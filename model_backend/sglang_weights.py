@@ -13,20 +13,26 @@
                abort     they are ended, and ``SglangEngine`` asks for them again
 
 SGLang fuses tensors in the same way as ``KimiModel`` does, so its checksums can be computed here
-from our parameters by renaming alone (SGLang 0.5.23 on the CPU: SHA-256; 0.5.11 tells none).
-If an update breaks off after the first bucket, the server holds a mixture: it stays paused, so that
-no token is sampled from it, until an update succeeds.
+from our parameters by renaming alone (``sglang_checksums.py``; SGLang 0.5.11 tells none). A server
+may keep all tensors of a kind in a layout of its kernels' own (some backends of experts, AMX), and
+no checksum of that kind is ours then. So a tensor is wrong if it differs and others of its kind
+agree; if a whole kind differs, the update is not called bad and not called verified.
+If an update breaks off after the first bucket, the servers hold a mixture: they stay paused, so
+that no token is sampled from it, until an update succeeds. If it breaks off before, they go on.
 """
 
 from __future__ import annotations
 
 import base64
-import hashlib
 import io
 import logging
 import pickle
 import re
+import threading
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
+from http import HTTPStatus
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,15 +42,19 @@ import anyio
 import anyio.to_thread
 import torch
 import torch.multiprocessing
-from safetensors import SafetensorError, safe_open
 
 from swarm_sdk.errors import ConfigError, ModelError
 from swarm_sdk.model_backend.http import ServerClient
+from swarm_sdk.model_backend.model.config_json import read_json
+from swarm_sdk.model_backend.sglang_checksums import checksum
 from swarm_sdk.model_backend.weight_sink import check_shapes
+from swarm_sdk.model_backend.weights.headers import read_headers
+from swarm_sdk.model_backend.weights.layout import stored_tensors
 from swarm_sdk.model_backend.weights.names import CheckpointTensor, checkpoint_tensors
+from swarm_sdk.model_backend.weights.quantization import found_quantization
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
@@ -61,7 +71,10 @@ _PAUSE_MODE: Final[dict[InFlight, str]] = {
 }
 BUCKET_BYTES: Final = 2**30
 GROUP: Final = "swarm_weights"
-NOT_FOUND: Final = 404
+INT4: Final = "compressed-tensors"
+"""What SGLang calls the quantization of ``weights/int4.py``."""
+UNDO_S: Final = 30.0
+"""How long servers are asked to go on after an update that broke off."""
 
 # From our names to SGLang's: all else is the same.
 _RENAMED: Final = (
@@ -168,6 +181,9 @@ class _Facts:
     num_ranks: int
     """Processes of its tensor parallelism."""
     dtype: torch.dtype
+    is_on_gpu: bool
+    quantization: str | None
+    """``""`` for none, ``None`` if it cannot be known."""
 
 
 class SglangWeights:
@@ -186,13 +202,15 @@ class SglangWeights:
         verifies: bool = True,
         api_key: str | None = None,
         timeout_s: float = 600.0,
+        group_timeout_s: float = 60.0,
     ) -> None:
         """Connect to nothing yet.
 
         ``parameters`` are those that every update holds, by their names in ``KimiModel``; ``None``
         for all of them, the router's correction biases left out (they are buffers). ``dtype`` is
-        what travels. ``verifies`` compares the servers' checksums after each update, where they
-        tell them.
+        what travels. ``verifies`` compares the servers' checksums in each update (``verify``).
+        ``timeout_s`` bounds a request, ``group_timeout_s`` a bucket of the way ``distributed`` and
+        the forming of its group.
 
         Raises:
             ConfigError: an address is none, or ``parameters`` names one that the model has not.
@@ -206,7 +224,7 @@ class SglangWeights:
         wanted = set(_trained(known) if parameters is None else parameters)
         if unknown := sorted(wanted - set(known)):
             raise ConfigError(f"the model has no parameter '{unknown[0]}'")
-        self._every = every
+        self._config = config
         self._tensors = [tensor for tensor in every if tensor.parameter in wanted]
         self._shapes = _parameter_shapes(self._tensors)
         self._way: Way = way
@@ -216,10 +234,15 @@ class SglangWeights:
         self._known: dict[ServerClient, _Facts] = {}
         self._lock = anyio.Lock()
         self._version = 0
-        self._is_paused = False
+        self._unfit: set[ServerClient] = set()
+        """Those that must not sample from what they hold: they stay paused."""
         self._group: Any = None
+        self._group_timeout_s = group_timeout_s
+        self._sending: Any = None
+        """The last broadcast of the group."""
+        self._warned: set[ServerClient] = set()
         self.is_verified: bool | None = None
-        """Whether the last update's checksums were compared (and equal, or it had raised)."""
+        """Whether every server's checksums were compared with the last update's and are equal."""
 
     @property
     def weight_version(self) -> int:
@@ -230,55 +253,116 @@ class SglangWeights:
         """Send all parameters to all servers; see ``WeightSink.update_weights``.
 
         Raises:
-            ConfigError: a tensor is missing, extra or misshapen; nothing was sent.
-            ModelError: a server failed, or its checksums differ; it is paused if it may hold a
-                mixture.
+            ConfigError: a tensor is missing, extra or misshapen, a server's weights are quantized,
+                or there is no group to send over; nothing was sent.
+            ModelError: a server failed, or its checksums differ. Those that may hold a mixture stay
+                paused, as it says; the others go on.
         """
         check_shapes(
             {name: tuple(tensor.shape) for name, tensor in state_dict.items()}, self._shapes
         )
+        if self._way == "distributed" and self._group is None:
+            raise ConfigError("the way 'distributed' needs SglangWeights.join before an update")
         async with self._lock:
-            await self._pause()
-            await self._begin()
-            content = buckets(state_dict, self._tensors, self._dtype, self._bucket_bytes)
-            for bucket, is_last in _marking_the_last(content):
-                how = {"weight_version": str(weight_version)} if is_last else {}
-                await self._send(bucket, {"flush_cache": False, **how})
-                if bucket.content.is_cuda:  # the servers have closed the memory of those before
-                    torch.cuda.ipc_collect()  # type: ignore[no-untyped-call]
-            await self._all("/end_weight_update", {}, or_missing=True)
-            await self._flush()
-            await self._verify(state_dict)
-            self._version = weight_version
-            await self._continue()
+            await self._each(self._facts)
+            for client in self._clients:
+                if quantization := self._known[client].quantization:
+                    raise ConfigError(
+                        f"{client.base_url} serves quantized weights ({quantization}), which "
+                        "cannot be sent to it: save a checkpoint, convert it (swarm checkpoint "
+                        "convert SRC DST --to int4) and use SglangWeights.load"
+                    )
+            async with self._paused():
+                await self._begin()
+                content = buckets(state_dict, self._tensors, self._dtype, self._bucket_bytes)
+                for bucket, is_last in _marking_the_last(content):
+                    how = {"weight_version": str(weight_version)} if is_last else {}
+                    self._unfit.update(self._clients)
+                    await self._send(bucket, {"flush_cache": False, **how})
+                    if bucket.content.is_cuda:  # the servers have closed the memory of those before
+                        torch.cuda.ipc_collect()  # type: ignore[no-untyped-call]
+                await self._all("/end_weight_update", {}, or_missing=True)
+                await self._each(self._flush)
+                self.is_verified = False
+                if self._verifies:
+                    await self._verify(state_dict)
+                self._unfit.clear()
+                self._version = weight_version
 
     async def load(self, directory: str | Path, weight_version: int) -> None:
         """Have all servers read a checkpoint that they can see at ``directory``.
 
+        SGLang reads it as at its start. Nothing is compared: who has the weights calls ``verify``.
+
         Raises:
-            ConfigError: a tensor in it is missing, extra or misshapen, or a file cannot be read;
-                nothing was changed.
-            ModelError: a server failed; SGLang goes back to the weights before by itself.
+            ConfigError: a tensor in it is missing, extra or misshapen, its experts are in another
+                form than a server's, or a file cannot be read; nothing was changed.
+            ModelError: a server failed. One that refused goes on with the weights before, one that
+                broke off while it read stays paused, as it says.
         """
-        found = await anyio.to_thread.run_sync(_shapes_in, Path(directory))
-        expected = {tensor.name: tensor.shape for tensor in self._every}
-        check_shapes(found, expected, what=f"the weights in '{directory}'")
+        directory = Path(await anyio.Path(directory).absolute())  # servers run in other folders
+        headers = await anyio.to_thread.run_sync(read_headers, directory)
+        is_int4 = any(name.endswith(".weight_packed") for name in headers)
+        check_shapes(
+            {name: info.shape for name, info in headers.items()},
+            {tensor.name: tensor.shape for tensor in stored_tensors(self._config, int4=is_int4)},
+            what=f"the weights in '{directory}'",
+        )
+        payload = {
+            "model_path": str(directory),
+            "weight_version": str(weight_version),
+            "flush_cache": False,
+        }
+
+        async def load(client: ServerClient) -> None:
+            was_unfit = client in self._unfit
+            self._unfit.add(client)
+            try:
+                await self._post(client, "/update_weights_from_disk", payload)
+            except ModelError as error:
+                # A failed read is another thing than a refusal: SGLang's way back reads the new
+                # files once more, under the old version's number.
+                is_refusal = error.status is not None and "Failed to update weights" not in str(
+                    error
+                )
+                if is_refusal and not was_unfit:
+                    self._unfit.discard(client)
+                raise
+            await self._flush(client)
+            self._unfit.discard(client)
+
         async with self._lock:
-            await self._pause()
-            await self._all(
-                "/update_weights_from_disk",
-                {
-                    "model_path": str(directory),
-                    "weight_version": str(weight_version),
-                    "flush_cache": False,
-                },
-            )
-            await self._flush()
-            self._version, self.is_verified = weight_version, False
-            await self._continue()
+            await self._each(self._facts)
+            for client in self._clients:
+                quantization = self._known[client].quantization
+                if quantization is not None and is_int4 != (quantization == INT4):
+                    held, given = ("bf16", "INT4") if is_int4 else ("INT4", "bf16")
+                    raise ConfigError(
+                        f"{client.base_url} serves {held} experts and '{directory}' holds {given}: "
+                        f"swarm checkpoint convert SRC DST --to {held.lower()}"
+                    )
+            async with self._paused():
+                await self._each(load)
+                self._version, self.is_verified = weight_version, False
+
+    async def verify(self, state_dict: Mapping[str, Tensor]) -> bool:
+        """Compare the servers' checksums with those of ``state_dict``; also sets ``is_verified``.
+
+        ``True`` proves that the tensors of all servers are these, bit for bit. ``False``, with one
+        warning a server, if that cannot be told: it tells no checksums, has the tensors in parts
+        (tensor parallelism), or keeps or hashes them in another way.
+
+        Raises:
+            ModelError: a server failed, or holds a tensor that is another.
+        """
+        async with self._lock:
+            await self._each(self._facts)
+            return await self._verify(state_dict)
 
     async def checksums(self) -> list[dict[str, str] | None]:
-        """Of each server: hash of each of its tensors by SGLang's name; ``None`` if it tells none.
+        """Of each server: hash of each of its tensors by SGLang's name.
+
+        ``None`` if it tells none, or has them in parts on several GPUs.
 
         Raises:
             ModelError: a server failed.
@@ -308,9 +392,9 @@ class SglangWeights:
             ModelError: a server holds requests (with ``in_flight="abort"`` it never does), or
                 failed.
         """
-        async with self._lock:
-            await self._pause()
+        async with self._lock, self._paused():
             await self._each(self._check_idle)
+            self._unfit.update(self._clients)
             await self._all("/release_memory_occupation", {})
 
     async def resume_memory(self) -> None:
@@ -328,30 +412,33 @@ class SglangWeights:
         ``backend`` is ``nccl`` between GPUs; two processes of one GPU cannot form such a group.
 
         Raises:
-            ModelError: a server failed to join.
+            ModelError: a server refused or did not join in time.
         """
-        sizes = [(await self._facts(client)).num_ranks for client in self._clients]
-
-        async def join(client: ServerClient, rank_offset: int) -> None:
-            await client.post(
-                "/init_weights_update_group",
-                {
-                    "master_address": master_address,
-                    "master_port": master_port,
-                    "rank_offset": rank_offset,
-                    "world_size": 1 + sum(sizes),
-                    "group_name": GROUP,
-                    "backend": backend,
-                },
-            )
-
-        async with anyio.create_task_group() as tasks:
-            for index, client in enumerate(self._clients):
-                offset = 1 + sum(sizes[:index])
-                tasks.start_soon(join, client, offset, name=f"join {client.base_url}")
-            self._group = await anyio.to_thread.run_sync(
-                _new_group, f"tcp://{master_address}:{master_port}", 1 + sum(sizes), backend
-            )
+        await self._each(self._facts)
+        sizes = [self._known[client].num_ranks for client in self._clients]
+        world_size, address = 1 + sum(sizes), f"tcp://{master_address}:{master_port}"
+        told = {
+            "master_address": master_address,
+            "master_port": master_port,
+            "world_size": world_size,
+            "group_name": GROUP,
+            "backend": backend,
+        }
+        path = "/init_weights_update_group"
+        with self._as_one_failure():
+            async with anyio.create_task_group() as tasks:
+                for index, client in enumerate(self._clients):
+                    rank_offset = {"rank_offset": 1 + sum(sizes[:index])}
+                    name = f"join {client.base_url}"
+                    tasks.start_soon(self._post, client, path, told | rank_offset, name=name)
+                self._group = await anyio.to_thread.run_sync(
+                    _new_group,
+                    address,
+                    world_size,
+                    backend,
+                    self._group_timeout_s,
+                    abandon_on_cancel=True,
+                )
 
     async def leave(self) -> None:
         """Dissolve the process group.
@@ -371,15 +458,51 @@ class SglangWeights:
 
     # -- steps -----------------------------------------------------------------------------------
 
+    @asynccontextmanager
+    async def _paused(self) -> AsyncIterator[None]:
+        """Pause all servers; at the end all but the unfit go on, whatever happened.
+
+        Each is paused anew: one that was started again meanwhile has forgotten it.
+        """
+        try:
+            await self._all("/pause_generation", {"mode": _PAUSE_MODE[self._in_flight]})
+            yield
+        except BaseException as error:
+            with anyio.move_on_after(UNDO_S, shield=True), suppress(ModelError):
+                await self._each(self._continue)
+            if self._unfit and isinstance(error, ModelError):
+                unfit = ", ".join(sorted(client.base_url for client in self._unfit))
+                raise ModelError(
+                    f"{error}; may hold a mixture of old and new, and stays paused until an update "
+                    f"succeeds: {unfit}",
+                    status=error.status,
+                    retryable=error.retryable,
+                ) from error
+            raise
+        await self._each(self._continue)
+
+    async def _continue(self, client: ServerClient) -> None:
+        if client not in self._unfit:
+            await self._post(client, "/continue_generation", {})
+
     async def _begin(self) -> None:
         """Open a session, where the server has them; one that a broken update left is closed."""
+
+        async def begin(client: ServerClient) -> None:
+            try:
+                await self._post(client, "/begin_weight_update", {}, or_missing=True)
+            except ModelError as error:
+                if "already open" not in str(error):
+                    raise
+                await self._post(client, "/end_weight_update", {})
+                await self._post(client, "/begin_weight_update", {})
+
         try:
-            await self._all("/begin_weight_update", {}, or_missing=True)
-        except ModelError as error:
-            if "already open" not in str(error):
-                raise
-            await self._all("/end_weight_update", {})
-            await self._all("/begin_weight_update", {})
+            await self._each(begin)
+        except ModelError:
+            with suppress(ModelError):
+                await self._all("/end_weight_update", {}, or_missing=True)
+            raise
 
     async def _send(self, bucket: Bucket, how: dict[str, Any]) -> None:
         if self._way == "tensor":
@@ -387,12 +510,12 @@ class SglangWeights:
             if bucket.content.is_cuda:
                 torch.cuda.synchronize()  # the server's process reads it next
             for_ranks = {
-                client: [content] * (await self._facts(client)).num_ranks
-                for client in self._clients
+                client: [content] * self._known[client].num_ranks for client in self._clients
             }
 
             async def post(client: ServerClient) -> None:
-                await client.post(
+                await self._post(
+                    client,
                     "/update_weights_from_tensor",
                     {
                         "serialized_named_tensors": for_ranks[client],
@@ -403,8 +526,6 @@ class SglangWeights:
 
             await self._each(post)
             return
-        if self._group is None:
-            raise ConfigError("the way 'distributed' needs SglangWeights.join before an update")
         told = {
             "names": bucket.names,
             "dtypes": [str(dtype).removeprefix("torch.") for dtype in bucket.dtypes],
@@ -413,122 +534,168 @@ class SglangWeights:
             "load_format": "flattened_bucket",
             **how,
         }
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self._all, "/update_weights_from_distributed", told, name="update")
-            await anyio.to_thread.run_sync(
-                lambda: torch.distributed.broadcast(bucket.content, src=0, group=self._group)
+        path = "/update_weights_from_distributed"
+        with self._as_one_failure():
+            async with anyio.create_task_group() as tasks:
+                for client in self._clients:
+                    name = f"weights of {client.base_url}"
+                    tasks.start_soon(self._post, client, path, told, name=name)
+                await self._broadcast(bucket.content)
+
+    async def _broadcast(self, content: Tensor) -> None:
+        """Send to all ranks of the group; can be cancelled, as a collective cannot."""
+        group = self._group
+        with anyio.fail_after(self._group_timeout_s):
+            work: Any = await anyio.to_thread.run_sync(
+                lambda: torch.distributed.broadcast(content, src=0, group=group, async_op=True),
+                abandon_on_cancel=True,  # NCCL meets the others in its first collective
             )
+            self._sending = work
+            while not work.is_completed():  # noqa: ASYNC110 - it tells nobody when it is
+                await anyio.sleep(0.001)
+        work.wait()
 
-    async def _verify(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Compare what the servers hold with what was sent.
+    @contextmanager
+    def _as_one_failure(self) -> Iterator[None]:
+        """Raise what failed in a group as one error, a server's before ours; the group is gone."""
+        try:
+            yield
+        except BaseException as error:
+            group, sending, self._group, self._sending = self._group, self._sending, None, None
+            if group is not None:
+                threading.Thread(target=_abort, args=[group, sending], daemon=True).start()
+            found = list(error.exceptions) if isinstance(error, BaseExceptionGroup) else [error]
+            del group
+            for one in found:
+                if isinstance(one, ModelError):
+                    raise one from error
+            if isinstance(found[0], RuntimeError | TimeoutError):  # torch's are RuntimeErrors
+                reason = str(found[0]) or f"no answer within {self._group_timeout_s:g} s"
+                raise ModelError(f"the process group failed: {reason}; join again") from error
+            raise
 
-        Raises:
-            ModelError: a tensor differs; the server stays paused.
-        """
+    async def _verify(self, state_dict: Mapping[str, Tensor]) -> bool:
         self.is_verified = False
-        if not self._verifies or any(tensor.is_cuda for tensor in state_dict.values()):
-            return  # a server on a GPU hashes by a kernel of its own
         told = await self.checksums()
+        doubts: dict[ServerClient, str] = {}
         for client, checksums in zip(self._clients, told, strict=True):
             if checksums is None:
-                _log.warning("%s tells no checksums; the update is not verified", client.base_url)
-                return
-            dtype = (await self._facts(client)).dtype
-            unlike = await anyio.to_thread.run_sync(self._unlike, state_dict, checksums, dtype)
-            if unlike:
+                doubts[client] = "it tells no checksums of whole tensors"
+                continue
+            wrong, unclear = await anyio.to_thread.run_sync(
+                self._unlike, state_dict, checksums, self._known[client]
+            )
+            if wrong:
                 raise ModelError(
-                    f"{client.base_url} holds other weights than were sent: {len(unlike)} tensors "
-                    f"differ, the first is {unlike[0]}; it is paused until an update succeeds"
+                    f"{client.base_url} holds other weights than were sent: {len(wrong)} tensors "
+                    f"differ, the first is {wrong[0]}"
                 )
-        self.is_verified = True
+            if unclear:
+                doubts[client] = (
+                    f"it keeps or hashes all tensors of a kind in another way ({len(unclear)} "
+                    f"tensors, the first is {unclear[0]})"
+                )
+        for client, doubt in doubts.items():
+            if client not in self._warned:
+                _log.warning("%s: updates are not verified, for %s", client.base_url, doubt)
+        self._warned |= set(doubts)
+        self.is_verified = not doubts
+        return self.is_verified
 
     def _unlike(
-        self, state_dict: Mapping[str, Tensor], checksums: Mapping[str, str], dtype: torch.dtype
-    ) -> list[str]:
+        self, state_dict: Mapping[str, Tensor], checksums: Mapping[str, str], facts: _Facts
+    ) -> tuple[list[str], list[str]]:
+        """Names of the tensors that are wrong, and of those that differ with all of their kind."""
         float32 = {tensor.parameter for tensor in self._tensors if tensor.is_float32}
-        unlike = []
+        differ, agreeing = [], set()
         for name, tensor in state_dict.items():
             sent = tensor.detach()
             if name not in float32:
-                sent = sent.to(self._dtype).to(dtype)
-            if checksums.get(sglang_name(name)) != checksum(sent):
-                unlike.append(name)
-        return unlike
+                sent = sent.to(self._dtype).to(facts.dtype)
+            if checksums.get(sglang_name(name)) == checksum(sent, on_gpu=facts.is_on_gpu):
+                agreeing.add(_kind(name, sent))
+            else:
+                differ.append((name, _kind(name, sent)))
+        # What it has packed only, it has passed over: the server is quantized after all.
+        wrong = [
+            name
+            for name, kind in differ
+            if kind in agreeing or f"{sglang_name(name)}_packed" in checksums
+        ]
+        return wrong, [name for name, _ in differ if name not in wrong]
 
-    async def _flush(self) -> None:
+    async def _flush(self, client: ServerClient) -> None:
         """Forget the keys of the old weights, unless requests are to keep them.
 
         By a call of its own: SGLang 0.5.11 ends if it cannot flush within an update.
         """
-
-        async def flush(client: ServerClient) -> None:
-            try:
-                await client.command("/flush_cache", {})
-            except ModelError as error:
-                raise ModelError(
-                    f"{client.base_url} has the new weights and keeps keys of the old, for "
-                    "requests wait and this SGLang cannot flush then; it is paused: publish with "
-                    'in_flight="abort"'
-                ) from error
-
-        if self._in_flight != "keep":
-            await self._each(flush)
+        if self._in_flight == "keep":
+            return
+        try:
+            await client.command("/flush_cache", {})
+        except ModelError as error:
+            raise ModelError(
+                f"{client.base_url} has the new weights and keeps keys of the old, for requests "
+                'wait and this SGLang cannot flush then: publish with in_flight="abort"',
+                status=error.status,
+            ) from error
 
     async def _check_idle(self, client: ServerClient) -> None:
         loads = (await client.get("/v1/loads"))["loads"]
         num = sum(load["num_running_reqs"] + load["num_waiting_reqs"] for load in loads)
         if num:
-            await client.post("/continue_generation", {})
-            self._is_paused = False
             raise ModelError(f"{client.base_url} holds {num} requests; wait for them or abort them")
 
-    async def _pause(self) -> None:
-        if not self._is_paused:
-            await self._all("/pause_generation", {"mode": _PAUSE_MODE[self._in_flight]})
-            self._is_paused = True
-
-    async def _continue(self) -> None:
-        await self._all("/continue_generation", {})
-        self._is_paused = False
+    async def _post(
+        self, client: ServerClient, path: str, payload: dict[str, Any], *, or_missing: bool = False
+    ) -> None:
+        """Post to a server; with ``or_missing`` one without ``path`` is passed by."""
+        try:
+            answer = await client.post(path, payload)
+        except ModelError as error:
+            if or_missing and error.status == HTTPStatus.NOT_FOUND:
+                return
+            raise
+        if isinstance(answer, dict) and answer.get("success") is False:
+            raise ModelError(
+                f"{client.base_url}{path} failed: {answer.get('message')}", status=HTTPStatus.OK
+            )
 
     async def _all(self, path: str, payload: dict[str, Any], *, or_missing: bool = False) -> None:
-        """Post to all servers at once; with ``or_missing`` those without ``path`` are passed by."""
+        """Post the same to all servers at once."""
+        await self._each(lambda client: self._post(client, path, payload, or_missing=or_missing))
 
-        async def post(client: ServerClient) -> None:
+    async def _each(self, do: Callable[[ServerClient], Awaitable[object]]) -> None:
+        """Run ``do`` for all servers side by side, each to its end; then raise the first failure.
+
+        None is broken off because another failed: it may be reading our memory.
+        """
+        failures: list[Exception] = []
+
+        async def run(client: ServerClient) -> None:
             try:
-                answer = await client.post(path, payload)
-            except ModelError as error:
-                if or_missing and error.status == NOT_FOUND:
-                    return
-                raise
-            if isinstance(answer, dict) and answer.get("success") is False:
-                raise ModelError(f"{client.base_url}{path} failed: {answer.get('message')}")
+                await do(client)
+            except Exception as error:  # noqa: BLE001 - raised below, as it is
+                failures.append(error)
 
-        await self._each(post)
+        async with anyio.create_task_group() as tasks:
+            for client in self._clients:
+                tasks.start_soon(run, client, name=f"weights of {client.base_url}")
+        if failures:
+            raise failures[0]
 
-    async def _each(self, do: Any) -> None:
-        """Run ``do`` for all servers side by side and raise the first failure as it is."""
+    async def _facts(self, client: ServerClient) -> None:
+        """Ask anew what an update must know of a server: it may have been started again."""
+        told = await client.get("/server_info")
         try:
-            async with anyio.create_task_group() as tasks:
-                for client in self._clients:
-                    tasks.start_soon(do, client, name=f"weights of {client.base_url}")
-        except BaseExceptionGroup as failures:
-            raise failures.exceptions[0] from failures
-
-    async def _facts(self, client: ServerClient) -> _Facts:
-        """What an update must know of a server; asked once."""
-        facts = self._known.get(client)
-        if facts is None:
-            told = await client.get("/server_info")
-            try:
-                dtype = "bfloat16" if told["dtype"] == "auto" else str(told["dtype"])
-                facts = _Facts(int(told["tp_size"]), getattr(torch, dtype))
-            except (KeyError, TypeError, AttributeError) as error:
-                raise ModelError(
-                    f"{client.base_url} answers, but not as a SGLang server does"
-                ) from error
-            self._known[client] = facts
-        return facts
+            dtype = "bfloat16" if told["dtype"] == "auto" else str(told["dtype"])
+            num_ranks, known = int(told["tp_size"]), getattr(torch, dtype)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ModelError(
+                f"{client.base_url} answers, but not as a SGLang server does"
+            ) from error
+        is_on_gpu = str(told.get("device", "")).startswith("cuda")
+        self._known[client] = _Facts(num_ranks, known, is_on_gpu, _quantization(told))
 
 
 def _marking_the_last(content: Iterator[Bucket]) -> Iterator[tuple[Bucket, bool]]:
@@ -541,10 +708,13 @@ def _marking_the_last(content: Iterator[Bucket]) -> Iterator[tuple[Bucket, bool]
         yield held, True
 
 
-def checksum(tensor: Tensor) -> str:
-    """SGLang's hash of a tensor on the CPU: the first 8 bytes of SHA-256, in hex."""
-    content = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.sha256(content.data).hexdigest()[:16]
+def _kind(name: str, tensor: Tensor) -> str:
+    """What a server keeps in the same form: a matrix of all layers; vectors, but for the biases.
+
+    The router's correction biases may have a precision of their own.
+    """
+    is_plain = tensor.dim() == 1 and not name.endswith("e_score_correction_bias")
+    return "vector" if is_plain else re.sub(r"\d+", "", name)
 
 
 def _trained(names: Mapping[str, None]) -> Iterator[str]:
@@ -567,28 +737,28 @@ def _parameter_shapes(tensors: Sequence[CheckpointTensor]) -> dict[str, tuple[in
     }
 
 
-def _shapes_in(directory: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a checkpoint, from the headers of its files."""
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise ConfigError(f"there are no *.safetensors in '{directory}'; check the path")
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in files:
-        try:
-            with safe_open(path, "pt") as file:
-                for name in file.keys():  # noqa: SIM118 - it is no mapping
-                    shapes[name] = tuple(file.get_slice(name).get_shape())
-        except (OSError, SafetensorError) as error:
-            raise ConfigError(f"'{path}' cannot be read as safetensors: {error}") from error
-    return shapes
+def _quantization(told: Mapping[str, Any]) -> str | None:
+    """How a server's weights are quantized: ``""`` for not at all, ``None`` if it cannot be known.
+
+    By its own word, which 0.5.11 and 0.5.23 keep for some GPUs, or by its model's ``config.json``,
+    if that can be read from here.
+    """
+    if told.get("quantization"):
+        return str(told["quantization"])
+    try:
+        config_json = read_json(Path(told["model_path"]))
+    except (ConfigError, KeyError, TypeError):
+        return None
+    return str((found_quantization(config_json) or {}).get("quant_method", ""))
 
 
-def _new_group(init_method: str, world_size: int, backend: str) -> Any:
+def _new_group(init_method: str, world_size: int, backend: str, timeout_s: float) -> Any:
     """A process group beside the trainer's own, met by SGLang's in every key of the store."""
     from torch.distributed import distributed_c10d as c10d
     from torch.distributed.rendezvous import rendezvous
 
-    store, rank, size = next(rendezvous(init_method, 0, world_size))
+    timeout = timedelta(seconds=timeout_s)
+    store, rank, size = next(rendezvous(init_method, 0, world_size, timeout=timeout))
     group, _ = c10d._new_process_group_helper(  # noqa: SLF001 - the public way makes subgroups only
         size,
         rank,
@@ -596,7 +766,18 @@ def _new_group(init_method: str, world_size: int, backend: str) -> Any:
         c10d.Backend(backend),
         c10d.PrefixStore(GROUP, store),
         group_name=c10d.GroupName(GROUP),
-        timeout=c10d.default_pg_timeout,
+        timeout=2 * timeout,  # after ours: NCCL's own ends the process
     )
     c10d._world.pg_group_ranks[group] = {index: index for index in range(size)}  # noqa: SLF001
     return group
+
+
+def _abort(group: Any, sending: Any) -> None:
+    """End a group; gloo must be waited for, or its end would hold up every thread of Python."""
+    for end in (
+        group.abort,
+        *([sending.wait] if sending is not None else []),
+        lambda: torch.distributed.destroy_process_group(group),
+    ):
+        with suppress(RuntimeError):
+            end()

@@ -8,8 +8,9 @@
     every tensor with its snapshot, and our model's log-probabilities with the server's
 
 Keys: gigabytes, tensors (of the checkpoint), publish_s (median of `update_weights`: pause, buckets
-through CUDA IPC, continue), verified (all tensors equal the snapshot, bit for bit, and the output
-was another under B), checksums_compared (where the server tells checksums), mean_abs_dlogprob
+through CUDA IPC, continue; not verified meanwhile), verify_s, verified (all tensors equal ours by
+checksum or the snapshot, bit for bit, and the output was another under B), checksums_compared
+(where the server tells checksums that can be compared), mean_abs_dlogprob
 (server and our model on the published weights), release_s, resume_s, released_gb
 (--enable-memory-saver).
 """
@@ -112,6 +113,7 @@ async def publish(
         way="distributed" if options.two_gpus else "tensor",
         parameters=list(weights),
         bucket_bytes=int(options.bucket_gib * 2**30),
+        verifies=False,  # timed by itself
     )
     if options.two_gpus:
         with socket.socket() as free:
@@ -138,7 +140,10 @@ async def publish(
             times.append(time.perf_counter() - began_s)
             figures |= {"publish_s": statistics.median(times), "publish_all_s": times}
             parts.say(f"published in {times[-1]:.3f} s")
-        # Its comparison needs a GPU; where it tells checksums, the sink has compared those.
+        began_s = time.perf_counter()
+        await sink.verify(weights)
+        figures["verify_s"] = time.perf_counter() - began_s
+        # The server's own comparison needs a GPU.
         equal = said(url) == under_a and (sink.is_verified or compares(url))
         figures |= {"verified": bool(equal and differs), "checksums_compared": sink.is_verified}
     with parts.part("log-probabilities"):

@@ -5,10 +5,15 @@ and checksums; 0.5.11: neither). What SGLang makes of them: ``tests/model_backen
 """
 
 import base64
+import json
 import pickle
+import socket
+import sys
+import time
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+import anyio
 import pytest
 import torch
 from aiohttp import web
@@ -17,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from swarm_sdk.errors import ConfigError, ModelError
 from swarm_sdk.model_backend.model.config import tiny
 from swarm_sdk.model_backend.model.kimi import KimiModel
-from swarm_sdk.model_backend.sglang_weights import SglangWeights, buckets, checksum, sglang_name
+from swarm_sdk.model_backend.sglang_checksums import checksum
+from swarm_sdk.model_backend.sglang_weights import SglangWeights, buckets, sglang_name
 from swarm_sdk.model_backend.weight_sink import FrozenWeights, WeightSink
 from swarm_sdk.model_backend.weights import checkpoint
 from swarm_sdk.model_backend.weights.names import checkpoint_tensors
@@ -47,6 +53,9 @@ class Receiver:
     num_waiting: int = 0
     spoils: str = ""
     """The path that fails."""
+    says: str = "no memory"
+    """Why it does."""
+    info: dict = field(default_factory=lambda: {"tp_size": 1, "dtype": "auto", "device": "cpu"})
     base_url: str = ""
     paths: list = field(default_factory=list)
     bodies: list = field(default_factory=list)
@@ -59,7 +68,7 @@ class Receiver:
         self.paths.append(path)
         self.bodies.append(body)
         if path == self.spoils:
-            return web.json_response({"success": False, "message": "no memory"}, status=400)
+            return web.json_response({"success": False, "message": self.says}, status=400)
         if path in ("begin_weight_update", "end_weight_update"):
             if not self.has_sessions:
                 return web.json_response({"detail": "Not Found"}, status=404)
@@ -73,7 +82,8 @@ class Receiver:
         if path == "weights_checker":
             if not self.has_checksums:
                 return web.json_response({"success": False, "message": "Unsupported"}, status=400)
-            return web.json_response({"ranks": [{"checksums": self.checksums}]})
+            ranks = [{"checksums": self.checksums}] * self.info["tp_size"]
+            return web.json_response({"ranks": ranks})
         if path == "update_weights_from_tensor":
             assert body["load_format"] == "flattened_bucket"
             (content,) = body["serialized_named_tensors"]
@@ -88,7 +98,13 @@ class Receiver:
         if request.path == "/v1/loads":
             load = {"num_running_reqs": 0, "num_waiting_reqs": self.num_waiting}
             return web.json_response({"loads": [load]})
-        return web.json_response({"tp_size": 1, "dtype": "auto"})
+        return web.json_response(self.info)
+
+    @property
+    def is_paused(self) -> bool:
+        """By the last of the two that it was told."""
+        told = [path for path in self.paths if path.endswith("_generation")]
+        return told[-1:] == ["pause_generation"]
 
 
 @asynccontextmanager
@@ -111,8 +127,10 @@ async def receiving(**how):
 
 def expects(receiver, weights):
     """Have the receiver tell the checksums of ``weights`` in bfloat16."""
+    on_gpu = receiver.info["device"] == "cuda"
     receiver.checksums = {
-        sglang_name(name): checksum(tensor.to(torch.bfloat16)) for name, tensor in weights.items()
+        sglang_name(name): checksum(tensor.to(torch.bfloat16), on_gpu=on_gpu)
+        for name, tensor in weights.items()
     }
 
 
@@ -217,12 +235,13 @@ async def test_memory_is_given_back_only_by_a_server_without_requests(model, wei
         await sink.resume_memory()
         await sink.update_weights(weights, 1)
         await sink.aclose()
-    assert receiver.paths[2:5] == [
+    assert receiver.paths[2:6] == [
         "pause_generation",
         "release_memory_occupation",
         "resume_memory_occupation",
+        "pause_generation",
     ]
-    assert receiver.paths.count("pause_generation") == 2
+    assert receiver.paths.count("continue_generation") == 2
 
 
 @pytest.mark.anyio
@@ -266,15 +285,95 @@ async def test_a_server_that_may_hold_a_mixture_stays_paused_until_an_update_suc
     async with receiving(spoils=spoils) as receiver:
         expects(receiver, weights)
         sink = SglangWeights(receiver.base_url, model.config)
-        with pytest.raises(ModelError, match="no memory"):
+        with pytest.raises(ModelError, match=r"no memory.*a mixture.*stays paused until"):
             await sink.update_weights(weights, 1)
-        assert "continue_generation" not in receiver.paths
+        assert receiver.is_paused
         assert sink.weight_version == 0
+        receiver.spoils = "begin_weight_update"  # the next breaks off before its first bucket
+        with pytest.raises(ModelError, match=r"no memory.*a mixture.*stays paused until"):
+            await sink.update_weights(weights, 1)
+        assert receiver.is_paused
         receiver.spoils = ""
         await sink.update_weights(weights, 2)
         await sink.aclose()
-    assert receiver.paths.count("pause_generation") == 1
-    assert receiver.paths[-1] == "continue_generation"
+    # It is paused anew each time: it may have been started again meanwhile.
+    assert receiver.paths.count("pause_generation") == 3
+    assert not receiver.is_paused
+
+
+@pytest.mark.parametrize("spoils", ["pause_generation", "begin_weight_update"])
+@pytest.mark.anyio
+async def test_servers_go_on_if_another_fails_before_the_first_bucket(model, weights, spoils):
+    async with receiving() as healthy, receiving(spoils=spoils) as broken:
+        sink = SglangWeights([healthy.base_url, broken.base_url], model.config)
+        with pytest.raises(ModelError, match=r"no memory$"):
+            await sink.update_weights(weights, 1)
+        await sink.aclose()
+    assert not healthy.is_paused
+    assert not healthy.is_open
+    assert "update_weights_from_tensor" not in healthy.paths
+
+
+@pytest.mark.anyio
+async def test_a_server_that_does_not_answer_is_told_before_another_is_paused(model, weights):
+    async with receiving() as healthy:
+        async with receiving() as dead:
+            pass
+        sink = SglangWeights([healthy.base_url, dead.base_url], model.config)
+        with pytest.raises(ModelError, match=dead.base_url):
+            await sink.update_weights(weights, 1)
+        await sink.aclose()
+    assert healthy.paths == []
+
+
+@pytest.mark.anyio
+async def test_servers_go_on_if_one_of_them_holds_requests_and_no_memory_is_given_back(model):
+    async with receiving() as idle, receiving(num_waiting=1) as busy:
+        sink = SglangWeights([idle.base_url, busy.base_url], model.config)
+        with pytest.raises(ModelError, match="holds 1 requests"):
+            await sink.release_memory()
+        await sink.aclose()
+    for receiver in (idle, busy):
+        assert receiver.paths == ["pause_generation", "continue_generation"]
+
+
+@pytest.mark.anyio
+async def test_a_server_that_refuses_a_checkpoint_goes_on_and_the_others_have_it(model, tmp_path):
+    checkpoint.save(model, tmp_path, dtype=torch.bfloat16)
+    async with receiving() as good, receiving(spoils="update_weights_from_disk") as refusing:
+        sink = SglangWeights([good.base_url, refusing.base_url], model.config)
+        with pytest.raises(ModelError, match=r"no memory$"):
+            await sink.load(tmp_path, 1)
+        await sink.aclose()
+    assert good.paths[1:] == ["update_weights_from_disk", "flush_cache", "continue_generation"]
+    assert not refusing.is_paused
+    assert sink.weight_version == 0
+
+
+@pytest.mark.anyio
+async def test_a_server_that_breaks_off_while_it_reads_a_checkpoint_stays_paused(model, tmp_path):
+    checkpoint.save(model, tmp_path, dtype=torch.bfloat16)
+    says = "Failed to update weights: bad file.\nRolling back to original weights."
+    async with receiving(spoils="update_weights_from_disk", says=says) as receiver:
+        sink = SglangWeights(receiver.base_url, model.config)
+        with pytest.raises(ModelError, match=r"(?s)bad file.*stays paused until"):
+            await sink.load(tmp_path, 1)
+        assert receiver.is_paused
+        receiver.spoils = ""
+        await sink.load(tmp_path, 2)
+        await sink.aclose()
+    assert not receiver.is_paused
+
+
+@pytest.mark.anyio
+async def test_servers_get_the_whole_path_of_a_checkpoint(model, tmp_path, monkeypatch):
+    checkpoint.save(model, tmp_path / "new", dtype=torch.bfloat16)
+    monkeypatch.chdir(tmp_path)
+    async with receiving() as receiver:
+        sink = SglangWeights(receiver.base_url, model.config)
+        await sink.load("new", 1)
+        await sink.aclose()
+    assert receiver.bodies[1]["model_path"] == str(tmp_path / "new")
 
 
 @pytest.mark.anyio
@@ -305,6 +404,84 @@ async def test_checksums_that_differ_are_an_error_that_names_the_tensor(model, w
 
 
 @pytest.mark.anyio
+async def test_the_device_of_the_server_says_how_it_hashes(model, weights):
+    async with receiving() as on_cpu, receiving() as on_gpu:
+        on_gpu.info["device"] = "cuda"
+        expects(on_cpu, weights)
+        expects(on_gpu, weights)
+        assert on_cpu.checksums != on_gpu.checksums
+        sink = SglangWeights([on_cpu.base_url, on_gpu.base_url], model.config)
+        await sink.update_weights(weights, 1)
+        assert sink.is_verified
+        on_gpu.checksums["language_model.model.norm.weight"] = "0" * 16
+        with pytest.raises(ModelError, match=r"1 tensors differ, the first is norm\.weight"):
+            await sink.update_weights(weights, 2)
+        await sink.aclose()
+
+
+@pytest.mark.parametrize("differing", ["", "experts.w13_weight"])
+@pytest.mark.anyio
+async def test_a_good_update_is_not_called_bad_by_a_server_that_keeps_or_hashes_in_another_way(
+    model, weights, caplog, differing
+):
+    async with receiving() as receiver:
+        expects(receiver, weights)
+        for name in receiver.checksums:
+            if differing in name:
+                receiver.checksums[name] = "0" * 16
+        sink = SglangWeights(receiver.base_url, model.config)
+        for version in (1, 2):
+            await sink.update_weights(weights, version)
+            assert sink.is_verified is False
+        await sink.aclose()
+    assert not receiver.is_paused
+    assert caplog.text.count("not verified") == 1
+
+
+@pytest.mark.anyio
+async def test_a_server_with_tensors_in_parts_is_not_called_verified(model, weights, caplog):
+    async with receiving() as whole, receiving() as parted:
+        parted.info["tp_size"] = 2
+        expects(whole, weights)
+        sink = SglangWeights([parted.base_url, whole.base_url], model.config)
+        assert not await sink.verify(weights)
+        whole.checksums["language_model.model.norm.weight"] = "0" * 16
+        with pytest.raises(ModelError, match="differ"):  # the other is compared all the same
+            await sink.verify(weights)
+        await sink.aclose()
+    assert "no checksums of whole tensors" in caplog.text
+
+
+@pytest.mark.anyio
+async def test_a_server_that_passed_over_experts_because_its_own_are_packed_is_found_out(
+    model, weights
+):
+    async with receiving() as receiver:
+        expects(receiver, weights)
+        for name in list(receiver.checksums):
+            if ".experts." in name:
+                receiver.checksums[f"{name}_packed"] = receiver.checksums.pop(name)
+        sink = SglangWeights(receiver.base_url, model.config)
+        with pytest.raises(ModelError, match=r"experts\.gate_up_proj"):
+            await sink.update_weights(weights, 1)
+        await sink.aclose()
+    assert receiver.is_paused
+
+
+@pytest.mark.anyio
+async def test_who_has_the_weights_of_a_loaded_checkpoint_verifies_them(model, weights, tmp_path):
+    checkpoint.save(model, tmp_path, dtype=torch.bfloat16)
+    async with receiving() as receiver:
+        expects(receiver, weights)
+        sink = SglangWeights(receiver.base_url, model.config)
+        await sink.load(tmp_path, 1)
+        assert sink.is_verified is False
+        assert await sink.verify(weights)
+        assert sink.is_verified
+        await sink.aclose()
+
+
+@pytest.mark.anyio
 async def test_a_checkpoint_on_disk_is_checked_by_its_headers_before_the_server_reads_it(
     model, tmp_path
 ):
@@ -323,9 +500,9 @@ async def test_a_checkpoint_on_disk_is_checked_by_its_headers_before_the_server_
         sink = SglangWeights(receiver.base_url, model.config)
         with pytest.raises(ConfigError, match=r"1 missing .*norm.*1 misshapen .*lm_head"):
             await sink.load(short, 1)
-        with pytest.raises(ConfigError, match=r"broken/model\.safetensors' cannot be read"):
+        with pytest.raises(ConfigError, match=r"broken/model\.safetensors is damaged"):
             await sink.load(broken, 1)
-        with pytest.raises(ConfigError, match=r"no \*\.safetensors"):
+        with pytest.raises(ConfigError, match=r"model\.safetensors is missing"):
             await sink.load(tmp_path, 1)
         assert receiver.paths == []
         await sink.load(good, 3)
@@ -333,6 +510,40 @@ async def test_a_checkpoint_on_disk_is_checked_by_its_headers_before_the_server_
     assert receiver.paths[1] == "update_weights_from_disk"
     assert receiver.bodies[1]["weight_version"] == "3"
     assert sink.weight_version == 3
+
+
+@pytest.mark.parametrize("tells", [True, False])
+@pytest.mark.anyio
+async def test_a_server_of_quantized_weights_is_refused_before_anything_is_sent(
+    model, weights, tmp_path, tells
+):
+    described = {"quantization_config": {"quant_method": "compressed-tensors"}}
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    async with receiving() as receiver:
+        more = {"quantization": "compressed-tensors"} if tells else {"model_path": str(tmp_path)}
+        receiver.info |= more
+        sink = SglangWeights(receiver.base_url, model.config)
+        with pytest.raises(ConfigError, match=r"quantized weights \(compressed-tensors\).*\.load"):
+            await sink.update_weights(weights, 1)
+        await sink.aclose()
+    assert receiver.paths == []
+
+
+@pytest.mark.anyio
+async def test_a_server_loads_checkpoints_of_its_own_form_alone(model, tmp_path):
+    checkpoint.save(model, tmp_path / "int4", is_int4=True)
+    checkpoint.save(model, tmp_path / "bf16", dtype=torch.bfloat16)
+    async with receiving() as int4, receiving() as bf16:
+        int4.info["model_path"] = str(tmp_path / "int4")
+        bf16.info["model_path"] = str(tmp_path / "bf16")
+        for receiver, own, other in ((int4, "int4", "bf16"), (bf16, "bf16", "int4")):
+            sink = SglangWeights(receiver.base_url, model.config)
+            with pytest.raises(ConfigError, match=f"convert SRC DST --to {own}"):
+                await sink.load(tmp_path / other, 1)
+            assert receiver.paths == []
+            await sink.load(tmp_path / own, 1)
+            await sink.aclose()
+            assert "update_weights_from_disk" in receiver.paths
 
 
 @pytest.mark.anyio
@@ -350,3 +561,80 @@ async def test_the_way_over_a_process_group_needs_the_group(model, weights):
         with pytest.raises(ConfigError, match="join"):
             await sink.update_weights(weights, 1)
         await sink.aclose()
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+RANK_1 = """
+import datetime, sys, time
+from torch.distributed import distributed_c10d as c10d
+from torch.distributed.rendezvous import rendezvous
+print("ready", flush=True)
+store, _, _ = next(rendezvous("tcp://127.0.0.1:" + sys.argv[1], 1, 2))
+name, backend = c10d.GroupName("swarm_weights"), c10d.Backend("gloo")
+store, wait = c10d.PrefixStore("swarm_weights", store), datetime.timedelta(seconds=60)
+c10d._new_process_group_helper(2, 1, [], backend, store, group_name=name, timeout=wait)
+time.sleep(60)
+"""
+
+
+@pytest.mark.anyio
+async def test_a_server_that_refuses_to_join_is_told_at_once_as_one_error(model):
+    async with receiving(spoils="init_weights_update_group") as receiver:
+        sink = SglangWeights(
+            receiver.base_url, model.config, way="distributed", group_timeout_s=8.0
+        )
+        began_s = time.monotonic()
+        with pytest.raises(ModelError, match=r"no memory$"):
+            await sink.join("127.0.0.1", free_port())
+        assert time.monotonic() - began_s < 7.0
+        await sink.aclose()
+
+
+@pytest.mark.anyio
+async def test_a_server_that_never_joins_is_told_after_the_timeout_of_the_group(model):
+    async with receiving() as receiver:
+        sink = SglangWeights(
+            receiver.base_url, model.config, way="distributed", group_timeout_s=1.0
+        )
+        with pytest.raises(ModelError, match="process group failed"):
+            await sink.join("127.0.0.1", free_port())
+        await sink.aclose()
+
+
+@pytest.mark.parametrize(
+    ("spoils", "timeout_s", "says"),
+    [
+        ("update_weights_from_distributed", 60.0, "no memory"),
+        ("", 2.0, "no answer within 2 s; join again"),
+    ],
+)
+@pytest.mark.anyio
+async def test_a_broadcast_that_a_server_does_not_take_ends_soon_as_one_error(
+    model, weights, spoils, timeout_s, says
+):
+    async with receiving(spoils=spoils) as receiver:
+        sink = SglangWeights(
+            receiver.base_url, model.config, way="distributed", group_timeout_s=timeout_s
+        )
+        port = free_port()
+        command = [sys.executable, "-c", RANK_1, str(port)]
+        rank_1 = await anyio.open_process(command, stderr=None)
+        try:
+            assert b"ready" in await rank_1.stdout.receive()
+            await sink.join("127.0.0.1", port)
+            began_s = time.monotonic()
+            with pytest.raises(ModelError, match=says + r".*stays paused until"):
+                await sink.update_weights(weights, 1)
+            assert time.monotonic() - began_s < 10.0
+        finally:
+            rank_1.kill()
+            await rank_1.aclose()
+        with pytest.raises(ConfigError, match="join"):
+            await sink.update_weights(weights, 1)
+        await sink.aclose()
+    assert receiver.is_paused
