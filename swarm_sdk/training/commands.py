@@ -71,8 +71,13 @@ def parl(
     start: Annotated[str, typer.Option(help="nano or a checkpoint directory.")] = "nano",
     subagents: Annotated[
         list[str] | None,
-        typer.Option(help="Checkpoint of the frozen sub-agents; later ones as ITERATION:PATH."),
+        typer.Option(
+            help="Checkpoint of the frozen sub-agents, or sglang:URL; later ones as ITERATION:PATH."
+        ),
     ] = None,
+    sampler: Annotated[
+        str, typer.Option(help="sglang:URL of servers that sample, instead of this process.")
+    ] = "",
     steps: Annotated[int, typer.Option(help="Iterations.")] = 30,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     max_seconds: Annotated[float, typer.Option(help="No iteration begins after it.")] = float(
@@ -92,6 +97,7 @@ def parl(
 
     given: dict[str, Any] = {
         "start": start,
+        "sampler": sampler,
         "steps": steps,
         "device": device,
         "max_seconds": max_seconds,

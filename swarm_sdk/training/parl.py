@@ -1,7 +1,7 @@
 """PARL: the recorded episodes train the orchestrator (K2.5 report, section 3; eq. (1)).
 
     questions ─> K episodes each ─> ledger ─> rewards, advantages, ids ─> updates ─> weights ─┐
-        ▲          orchestrator: the policy's engine                                          │
+        ▲          orchestrator: the policy's engine (in this process, or SGLang servers)     │
         │          sub-agents:   an engine of their own that never receives weights           │
         └───────────────────────── the policy's engine, version + 1 <─────────────────────────┘
 
@@ -35,12 +35,14 @@ from swarm_sdk.atlas.environments import (
     LongDocuments,
     WideSearch,
 )
-from swarm_sdk.config import nano_directory
+from swarm_sdk.config import check_model_string, nano_directory
 from swarm_sdk.errors import ConfigError, LedgerError, NotTrainable
 from swarm_sdk.model_backend.chat.dialogue import TokenModel
 from swarm_sdk.model_backend.embedded import open_embedded
 from swarm_sdk.model_backend.engine.engine import EmbeddedEngine
 from swarm_sdk.model_backend.model.kimi import KimiModel
+from swarm_sdk.model_backend.sglang_client import open_sglang
+from swarm_sdk.model_backend.sglang_weights import SglangWeights
 from swarm_sdk.model_backend.weight_sink import WeightSink
 from swarm_sdk.model_backend.weights.checkpoint import load
 from swarm_sdk.model_backend.weights.servable import save_checkpoint
@@ -60,6 +62,7 @@ from swarm_sdk.training.settings import ParlConfig
 from swarm_sdk.types import Sampling
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SERVERS = "sglang:"
 BALANCE_S = 0.2
 """How often the engines' places are shared out anew."""
 
@@ -77,9 +80,8 @@ class Parl:
             load(start, dtype=torch.float32, device=config.device), config.learner(), team
         )
         self.team: Team = team
-        self.policy: TokenModel = self._open(start)
-        assert isinstance(self.policy.engine, EmbeddedEngine)
-        self.sink: WeightSink = self.policy.engine
+        self.policy: TokenModel = self._open(config.sampler or config.start)
+        self.sink: WeightSink = self._sink()
         """Where new weights go."""
         self.frozen: TokenModel | None = None
         self.reader: BatchReader = batch_reader(config, self.policy)
@@ -136,7 +138,8 @@ class Parl:
             say(self.iteration, self.config.steps, figures)
         self._checkpoint()
         tokenizer = self.policy.chat_format.tokenizer
-        save_checkpoint(self._served(), tokenizer, self.journal.run / "model", torch.bfloat16)
+        network = self._served() or self._gathered()
+        save_checkpoint(network, tokenizer, self.journal.run / "model", torch.bfloat16)
 
     async def step(self) -> dict[str, Any]:
         """One iteration; returns its figures."""
@@ -246,7 +249,7 @@ class Parl:
             await self._swarm.aclose()
             await self.frozen.aclose()
         if not config.train_subagents:
-            self.frozen = self._open(checkpoint_directory(wanted), wanted, is_frozen=True)
+            self.frozen = self._open(wanted, wanted, is_frozen=True)
         self._swarm = Swarm(
             self.policy,
             subagent_model=self.frozen,
@@ -265,18 +268,14 @@ class Parl:
 
     async def _balance(self) -> None:
         """Share the places out by the requests that each engine has, running or waiting."""
-        engines = [model.engine for model in (self.policy, self.frozen) if model is not None]
+        models = [model for model in (self.policy, self.frozen) if model is not None]
+        engines = [one.engine for one in models if isinstance(one.engine, EmbeddedEngine)]
         while len(engines) == 2:
-            loads = [
-                engine.num_requests + 1 for engine in engines if isinstance(engine, EmbeddedEngine)
-            ]
+            loads = [engine.num_requests + 1 for engine in engines]
             share = round(self.config.max_running * loads[0] / sum(loads))
             places = min(max(share, 1), self.config.max_running - 1)
-            for engine, num in zip(
-                engines, (places, self.config.max_running - places), strict=True
-            ):
-                if isinstance(engine, EmbeddedEngine):
-                    engine.max_running = num
+            engines[0].max_running = places
+            engines[1].max_running = self.config.max_running - places
             await anyio.sleep(BALANCE_S)
 
     # -- weights ---------------------------------------------------------------------------------
@@ -287,30 +286,51 @@ class Parl:
         self.team.share(("weights",))
         await self.sink.update_weights(self.learner.weights(), self.version)
 
-    def _served(self) -> KimiModel:
-        """The network that sampled: until ``publish``, with the weights that it sampled with."""
+    def _served(self) -> KimiModel | None:
+        """The network that sampled: until ``publish``, with the weights that it sampled with.
+
+        ``None`` where servers sample.
+        """
         engine = self.policy.engine
-        assert isinstance(engine, EmbeddedEngine)
-        return engine.model
+        return engine.model if isinstance(engine, EmbeddedEngine) else None
+
+    def _gathered(self) -> KimiModel:
+        """The policy's network as one, with the weights of the last update."""
+        self.team.share(("weights",))
+        network = load(checkpoint_directory(self.config.start), dtype=torch.float32)
+        network.load_state_dict(self.learner.weights(), strict=False)
+        return network
 
     def _routing_disagreement(self, batch: Batch) -> dict[str, float]:
-        if self.team.size > 1:
+        served = self._served()
+        if served is None or self.team.size > 1:
             return {}  # a pass of one process alone would leave the others waiting
-        share = self.learner.routing_disagreement(self._served(), batch)
+        share = self.learner.routing_disagreement(served, batch)
         return {} if share is None else {"routing_disagreement": share}
 
-    def _open(
-        self, directory: Path, name: str = "policy", *, is_frozen: bool = False
-    ) -> TokenModel:
+    def _open(self, source: str, name: str = "policy", *, is_frozen: bool = False) -> TokenModel:
+        """``nano``, a checkpoint directory, or servers (``sglang:URL1,URL2#DIRECTORY``)."""
         config = self.config
+        if source.startswith(SERVERS):
+            urls, directory = servers_of(source, config.start)
+            return open_sglang(urls, directory, records_experts=False, name=name)
         return open_embedded(
-            directory,
+            checkpoint_directory(source),
             device=config.device,
             dtype=DTYPES[config.dtype],
             max_running=config.max_running,
             name=name,
             is_frozen=is_frozen,
         )
+
+    def _sink(self) -> WeightSink:
+        engine, config = self.policy.engine, self.config
+        if isinstance(engine, EmbeddedEngine):
+            return engine
+        urls, _ = servers_of(config.sampler, config.start)
+        trained = [name for name, one in self.learner.model.named_parameters() if one.requires_grad]
+        shape = self.learner.model.config
+        return SglangWeights(urls, shape, parameters=trained, dtype=DTYPES[config.dtype])
 
     # -- the record ------------------------------------------------------------------------------
 
@@ -321,6 +341,9 @@ class Parl:
         self.config.save(journal.run)
         done = journal.last_checkpoint()
         if done is None:
+            if self._served() is None:  # servers may hold what an earlier run left
+                self.version -= 1
+                await self.publish()
             return
         self.team.share(("load", done))
         state = journal.load(done, self.learner.state_dict(), self.team)
@@ -376,6 +399,8 @@ class Parl:
         for model in (self.policy, self.frozen):
             if model is not None:
                 await model.aclose()
+        if isinstance(self.sink, SglangWeights):
+            await self.sink.aclose()
         if self._swarm is not None:
             await self._swarm.aclose()
         self.ledger.close()
@@ -465,6 +490,17 @@ def checkpoint_directory(name: str) -> Path:
     if not directory.is_dir():
         raise ConfigError(f"there is no checkpoint directory '{directory}'; check the path")
     return directory
+
+
+def servers_of(source: str, default: str) -> tuple[list[str], Path]:
+    """Addresses of servers, and the directory of the tokenizer of the model that they serve.
+
+    Raises:
+        ConfigError: it names none, or there is no such directory.
+    """
+    _, target = check_model_string(source)
+    urls, _, directory = target.partition("#")
+    return urls.split(","), checkpoint_directory(directory or default)
 
 
 def make_environment(config: ParlConfig) -> DrawnEnvironment:

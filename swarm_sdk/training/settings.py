@@ -17,7 +17,7 @@ from swarm_sdk.traces.parl.rewards.parl import ParlReward, Schedule
 FILE_NAME = "config.json"
 MAY_CHANGE = frozenset(
     {"steps", "max_seconds", "max_episodes", "max_running", "micro_tokens", "device"}
-    | {"save_every", "expert_parallel"}
+    | {"save_every", "expert_parallel", "sampler"}
 )
 """Settings that a run may go on with others of."""
 
@@ -30,7 +30,12 @@ class ParlConfig:
     start: str = "nano"
     """``nano`` or a checkpoint directory: the policy at iteration 0."""
     subagents: tuple[tuple[int, str], ...] = ((0, "nano"),)
-    """(first iteration, checkpoint): the frozen sub-agents; small ones first, then larger."""
+    """(first iteration, checkpoint or servers): the frozen sub-agents; small ones first, then
+    larger."""
+    sampler: str = ""
+    """SGLang servers that sample with the policy, ``sglang:URL1,URL2``: they serve ``start`` (in
+    ``dtype``), get new weights after each iteration, and serve nobody else. Without it an engine
+    in this process does."""
     environment: str = "atlas-wide"
     """``atlas-wide``, ``atlas-deep``, ``atlas-long`` or ``bulk-download``."""
     documents: str = ""
@@ -129,6 +134,18 @@ class ParlConfig:
             )
         if not self.subagents or self.subagents[0][0] != 0:
             raise ConfigError("subagents must tell a checkpoint from iteration 0 on")
+        if self.sampler and not self.sampler.startswith("sglang:http"):
+            raise ConfigError(f"sampler is 'sglang:http://host:port', got '{self.sampler}'")
+        if self.sampler and self.replay_routing:
+            raise ConfigError(
+                "replay_routing asks the network that sampled, which servers do not lend; leave "
+                "it off with a sampler"
+            )
+        if self.sampler and any(to == self.sampler for _, to in self.subagents):
+            raise ConfigError(
+                "the policy's servers get new weights and sub-agents must not; give subagents "
+                "servers of their own"
+            )
         self.learner()
         self.reward()
 
