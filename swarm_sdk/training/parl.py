@@ -313,7 +313,8 @@ class Parl:
         config = self.config
         if source.startswith(SERVERS):
             urls, directory = servers_of(source, config.start)
-            return open_sglang(urls, directory, records_experts=False, name=name)
+            records = config.replay_routing and not is_frozen
+            return open_sglang(urls, directory, records_experts=records, name=name)
         return open_embedded(
             checkpoint_directory(source),
             device=config.device,
@@ -549,6 +550,8 @@ def batch_reader(config: ParlConfig, policy: TokenModel) -> BatchReader:
         toggle=Toggle(period=config.toggle_period) if config.toggle else None,
         vocab_size=chat_format.tokenizer.num_tokens,
         train_subagents=config.train_subagents,
+        keeps_experts=config.replay_routing,
+        needs_experts=config.replay_routing and bool(config.sampler),
         check=check,
     )
 

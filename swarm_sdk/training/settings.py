@@ -98,8 +98,9 @@ class ParlConfig:
     qk_tau: float = 100.0
     micro_tokens: int = 16_384
     replay_routing: bool = False
-    """Routing replay: updates take the experts that the engine's network chooses for the recorded
-    ids with the weights that sampled them, at the cost of one more forward pass."""
+    """Routing replay: updates take the experts that the sampler chose. Servers record them
+    (``--enable-return-routed-experts``); the engine's network is asked again with the weights that
+    sampled, at the cost of one more forward pass."""
     train_subagents: bool = False
     """Train sub-agents too, on the policy's engine: not PARL, an ablation."""
 
@@ -136,11 +137,6 @@ class ParlConfig:
             raise ConfigError("subagents must tell a checkpoint from iteration 0 on")
         if self.sampler and not self.sampler.startswith("sglang:http"):
             raise ConfigError(f"sampler is 'sglang:http://host:port', got '{self.sampler}'")
-        if self.sampler and self.replay_routing:
-            raise ConfigError(
-                "replay_routing asks the network that sampled, which servers do not lend; leave "
-                "it off with a sampler"
-            )
         if self.sampler and any(to == self.sampler for _, to in self.subagents):
             raise ConfigError(
                 "the policy's servers get new weights and sub-agents must not; give subagents "

@@ -213,6 +213,11 @@ def test_settings_go_through_the_run_directory_and_wrong_ones_are_refused(tmp_pa
         replace(SMALL, samples=1)
     with pytest.raises(ConfigError, match="from iteration 0"):
         replace(SMALL, subagents=((1, "nano"),))
+    with pytest.raises(ConfigError, match="sampler is 'sglang:http://host:port', got 'nano'"):
+        replace(SMALL, sampler="nano")
+    servers = "sglang:http://127.0.0.1:30000"
+    with pytest.raises(ConfigError, match="give subagents servers of their own"):
+        replace(SMALL, sampler=servers, subagents=((0, "nano"), (5, servers)))
     with pytest.raises(ConfigError, match="is no training run"):
         ParlConfig.load(tmp_path / "nowhere")
 

@@ -52,6 +52,9 @@ class Sample:
     """1 / N_x of its question: of each of its tokens in the question's mean."""
     temperature: float
     images: tuple[Image, ...] = ()
+    experts_SLK: NDArray[np.uint16] | None = None
+    """Which experts the sampler recorded, of each layer, to be replayed; the last token, which
+    predicts nothing, has those of the one before."""
 
     @property
     def prefix_tokens(self) -> int:
@@ -109,6 +112,10 @@ class BatchReader:
     """Ids from here on are foreign; ``None`` asks nothing."""
     train_subagents: bool = False
     """Train what sub-agents sampled too: not PARL, an ablation."""
+    keeps_experts: bool = False
+    """Take along the experts on record (routing replay)."""
+    needs_experts: bool = False
+    """Leave out episodes that have none."""
     check: Callable[[Ledger, EpisodeRecord], None] | None = None
     """Further checks of an episode; raises ``NotTrainable``."""
 
@@ -144,6 +151,12 @@ class BatchReader:
             if not found:
                 raise NotTrainable("empty", f"episode {record.id} has no sampled token")
             self._check_ids(record, found)
+            if self.needs_experts and not all(branch.experts for branch in found):
+                raise NotTrainable(
+                    "no_experts",
+                    f"episode {record.id} has not all its experts on record: serve with "
+                    "--enable-return-routed-experts, or leave replay_routing off",
+                )
             images = [_images(ledger, branch) for branch in found]
             if self.check is not None:
                 self.check(ledger, record)
@@ -205,6 +218,7 @@ class BatchReader:
                 weight=1 / sum(lengths),
                 temperature=one.temperature,
                 images=images,
+                experts_SLK=_experts(branch) if self.keeps_experts else None,
             )
             for one, reward in zip(read, rewards, strict=True)
             for branch, images in zip(one.branches, one.images, strict=True)
@@ -277,6 +291,16 @@ def _images(ledger: Ledger, branch: Branch) -> tuple[Image, ...]:
         raise NotTrainable("missing_media", f"episode {branch.episode_id}: {error}") from error
 
 
+def _experts(branch: Branch) -> NDArray[np.uint16] | None:
+    told = branch.experts
+    if told is None:
+        return None
+    experts_SLK = np.frombuffer(told.data, dtype="<u2").reshape(
+        len(told), told.num_layers, told.num_chosen
+    )
+    return np.concatenate([experts_SLK, experts_SLK[-1:]])
+
+
 def _figures(groups: Sequence[Sequence[_Seen]]) -> dict[str, float]:
     """Means over the episodes that were read, and over the groups what there is to learn from."""
     seen = [one for group in groups for one in group]
@@ -324,6 +348,8 @@ class MicroBatch:
     versions_X: Tensor
     temperature: float
     images: tuple[Image, ...]
+    experts_TLK: Tensor | None = None
+    """As ``Sample.experts_SLK``, int64; ``None`` unless all samples have them."""
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """The same on another device."""
@@ -414,6 +440,7 @@ def _pack(units: Sequence[_Unit], num_questions: int) -> MicroBatch:
     rows: list[NDArray[np.int64]] = []
     targets: list[NDArray[np.int32]] = []
     columns: list[tuple[NDArray[np.float32], NDArray[np.int32], float, float]] = []
+    experts: list[NDArray[np.uint16] | None] = []
     start = 0
     for unit in units:
         num_prefix, prefix_index, prefix_start = len(unit.prefix_P), len(seq_lens), start
@@ -421,6 +448,7 @@ def _pack(units: Sequence[_Unit], num_questions: int) -> MicroBatch:
         positions.append(np.arange(num_prefix))
         seq_lens.append(num_prefix)
         prefix_of.append(None)
+        experts.append(_part(unit.samples[0], slice(0, num_prefix)))
         start += num_prefix
         for sample in unit.samples:
             own_S = sample.ids_S[num_prefix:]
@@ -441,6 +469,7 @@ def _pack(units: Sequence[_Unit], num_questions: int) -> MicroBatch:
             positions.append(np.arange(num_prefix, len(sample.ids_S)))
             seq_lens.append(len(own_S))
             prefix_of.append(prefix_index)
+            experts.append(_part(sample, slice(num_prefix, None)))
             start += len(own_S)
 
     def each(values: Sequence[float]) -> Tensor:
@@ -460,4 +489,16 @@ def _pack(units: Sequence[_Unit], num_questions: int) -> MicroBatch:
         weights_X=each([c[3] for c in columns]),
         temperature=units[0].temperature,
         images=tuple(image for unit in units for s in unit.samples for image in s.images),
+        experts_TLK=_all_or_none(experts),
     )
+
+
+def _part(sample: Sample, places: slice) -> NDArray[np.uint16] | None:
+    return None if sample.experts_SLK is None else sample.experts_SLK[places]
+
+
+def _all_or_none(parts: Sequence[NDArray[np.uint16] | None]) -> Tensor | None:
+    known = [part for part in parts if part is not None]
+    if len(known) < len(parts):
+        return None
+    return torch.from_numpy(np.concatenate(known).astype(np.int64))

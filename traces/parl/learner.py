@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from swarm_sdk.errors import ConfigError
 from swarm_sdk.model_backend.kernels.logprob import linear_logprobs
 from swarm_sdk.model_backend.model.kimi import KimiModel
 from swarm_sdk.model_backend.model.media import MediaBatch, decode_image, preprocess_image
@@ -146,7 +147,11 @@ class Learner:
             batch: whole groups.
             version: tokens of this policy version are compared with the engine's record.
             num_questions: over how many eq. (1) takes its mean, where the batch is a part.
-            replayed: the network that sampled, whose choice of experts is taken (routing replay).
+            replayed: the network that sampled, whose choice of experts is taken (routing replay)
+                where the batch has none on record.
+
+        Raises:
+            ConfigError: experts on record are of another model.
         """
         device, team = self.device, self.team
         max_logits_YH = torch.full(self._max_logits_shape, -torch.inf, device=device)
@@ -159,7 +164,9 @@ class Learner:
         packed_batches += [empty_batch()] * (num_passes - len(packed_batches))
         for packed in packed_batches:
             micro = packed.to(device)
-            experts = None if replayed is None else self._chosen(replayed, micro)
+            experts = self._recorded(micro)
+            if experts is None and replayed is not None:
+                experts = self._chosen(replayed, micro)
             with torch.autocast(device.type, torch.bfloat16, enabled=self.config.autocast):
                 logprobs_X = self.logprobs(
                     micro, max_logits_YH=max_logits_YH, replayed_experts=experts
@@ -264,6 +271,20 @@ class Learner:
         return {"model": self.model.state_dict(), "optimizer": moments}
 
     @torch.no_grad()
+    def _recorded(self, micro: MicroBatch) -> Sequence[Tensor] | None:
+        """The experts [T, K] on record, of each mixture layer."""
+        if micro.experts_TLK is None:
+            return None
+        text = self.model.config.text_config
+        shape = (text.num_hidden_layers, text.num_experts_per_tok)
+        if micro.experts_TLK.shape[1:] != shape:
+            raise ConfigError(
+                f"the experts on record are of {tuple(micro.experts_TLK.shape[1:])} layers and "
+                f"choices, and the policy has {shape}: another model sampled; leave "
+                "replay_routing off"
+            )
+        return micro.experts_TLK[:, text.first_k_dense_replace :].unbind(1)
+
     def _chosen(self, served: KimiModel, micro: MicroBatch) -> list[Tensor]:
         """The experts [T, K] that another network chooses, of each mixture layer."""
         chosen: list[Tensor] = []

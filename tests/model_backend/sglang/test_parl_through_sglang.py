@@ -45,6 +45,7 @@ def test_a_server_samples_with_the_weights_of_each_iteration(lent_url: str, tmp_
         sub_steps=6,
         max_tokens=256,
         episode_tokens=4_000,
+        replay_routing=True,
     )
 
     async def train() -> SglangWeights:
@@ -60,6 +61,7 @@ def test_a_server_samples_with_the_weights_of_each_iteration(lent_url: str, tmp_
     assert figures[0]["grad_norm"] > 0, "nothing was learned, so nothing is shown"
     # The second iteration was sampled with what the first had trained.
     assert all(one["engine_trainer_mean_abs_dlogprob"] < 1e-4 for one in figures)
+    assert not any("no_experts" in one["left_out"] for one in figures)
     assert sink.is_verified
     assert sink.weight_version == 2
     start, trained = (

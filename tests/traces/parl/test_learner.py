@@ -10,6 +10,7 @@ import PIL.Image
 import pytest
 import torch
 
+from swarm_sdk.errors import ConfigError
 from swarm_sdk.model_backend.model.config import tiny
 from swarm_sdk.model_backend.model.kimi import KimiModel
 from swarm_sdk.model_backend.model.media import MediaBatch, decode_image, preprocess_image
@@ -259,6 +260,73 @@ def test_replayed_routing_takes_the_sampling_networks_experts_with_ones_own_weig
     assert gate.weight.grad is not None
     assert torch.isfinite(gate.weight.grad).all()
     assert all(layer.mlp.gate.weight.grad is None for layer in served.layers[1:])
+
+
+def test_experts_on_record_train_as_those_of_the_network_that_chose_them(ledger) -> None:
+    batch, served = batch_of(ledger), model_of(0)
+    text = served.config.text_config
+    with torch.no_grad():
+        served.layers[-1].mlp.gate.e_score_correction_bias[:2] += 9.0
+
+    def recorded(sample: Sample) -> Sample:
+        """As an engine tells them: layers without a mixture hold zeros."""
+        chosen: list[torch.Tensor] = []
+        ids_S = torch.from_numpy(sample.ids_S[:-1].astype(np.int64))
+        served(ids_S, torch.arange(len(ids_S)), FullAttention(text, [len(ids_S)]), None, chosen)
+        dense = [torch.zeros_like(chosen[0])] * text.first_k_dense_replace
+        experts_SLK = torch.stack([*dense, *chosen], 1).numpy().astype(np.uint16)
+        return replace(sample, experts_SLK=np.concatenate([experts_SLK, experts_SLK[-1:]]))
+
+    known = Batch(groups=[[recorded(sample) for sample in group] for group in batch.groups])
+    own, asked, told = (Learner(model_of(0), LearnerConfig()) for _ in range(3))
+    losses = [
+        learner.accumulate(given, replayed=network)[0]["kl"]
+        for learner, given, network in (
+            (own, batch, None),
+            (asked, batch, served),
+            (told, known, None),
+        )
+    ]
+    assert losses[2] == pytest.approx(losses[1], rel=1e-6)
+    assert losses[2] != pytest.approx(losses[0], rel=1e-6)
+    for one, other in zip(told.model.parameters(), asked.model.parameters(), strict=True):
+        if other.grad is not None:
+            assert one.grad is not None
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-7)
+    foreign = Batch(
+        groups=[[replace(s, experts_SLK=s.experts_SLK[:, :, :1]) for s in g] for g in known.groups]
+    )
+    with pytest.raises(ConfigError, match="another model sampled; leave replay_routing off"):
+        told.accumulate(foreign)
+
+
+def test_a_reader_takes_the_experts_on_record_and_leaves_out_who_has_none(ledger) -> None:
+    said, (layers, chosen) = [5, 6, 7], (3, 2)
+    num = len(PROMPT) + len(said) - 1
+    data = np.arange(num * layers * chosen, dtype="<u2")
+    for index in range(3):
+        step = {
+            "body": {"observed": [], "message": {}, "experts": (layers, chosen)},
+            "routed_experts": data.tobytes(),
+        }
+        record(ledger, f"e{index}", [(PROMPT, said)], index, **(step if index else {}))
+    read = groups(ledger, 3)
+    with_all = BatchReader(reward=NO_HELP, keeps_experts=True, needs_experts=True)
+    batch = with_all.read(ledger, read, 0)
+    assert dict(batch.left_out) == {"no_experts": 1}
+    assert "--enable-return-routed-experts" in batch.sentences["no_experts"]
+    for sample in batch.samples:
+        told = sample.experts_SLK
+        assert told.shape == (num + 1, layers, chosen)
+        assert (told[:-1].reshape(-1) == data).all()
+        assert (told[-1] == told[-2]).all()
+    [micro] = micro_batches(batch, 10_000)
+    assert micro.experts_TLK.shape == (len(micro.ids_T), layers, chosen)
+    # One without makes the whole pass choose for itself.
+    batch = BatchReader(reward=NO_HELP, keeps_experts=True).read(ledger, read, 0)
+    [micro] = micro_batches(batch, 10_000)
+    assert micro.experts_TLK is None
+    assert all(s.experts_SLK is None for s in BatchReader().read(ledger, read, 0).samples)
 
 
 def test_parts_of_a_batch_hold_each_question_once(ledger) -> None:
