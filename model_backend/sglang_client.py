@@ -129,6 +129,8 @@ class _Call:
     sampling: Sampling
     tell: Callable[[Piece], None] | None
     """Gets the tokens as they come, if set."""
+    busy: set[int] = field(default_factory=set)
+    """Servers that it waited for."""
 
 
 class SglangEngine:
@@ -267,11 +269,18 @@ class SglangEngine:
             return await self._anywhere(call, is_last=num_tries == self._retry.attempts)
 
         try:
-            return await self._retry.run(once)
+            try:
+                return await self._retry.run(once)
+            except ModelError as error:
+                if error.status not in OVERLOADED or num_tries == self._retry.attempts:
+                    raise
+                return await self._anywhere(call, is_last=True, after=error)  # no time is left
         except ModelError:
             if self._is_closing:
                 return Generation(token_ids=(), logprobs=(), finish_reason="abort")
             raise
+        except _ListenerError as error:
+            raise error.raised from error
 
     def _payload(
         self, token_ids: Sequence[int], sampling: Sampling, images: Sequence[Image]
@@ -312,19 +321,24 @@ class SglangEngine:
             payload["image_data"] = [data_url(image) for image in images]
         return payload
 
-    async def _anywhere(self, call: _Call, *, is_last: bool) -> Generation:
+    async def _anywhere(
+        self, call: _Call, *, is_last: bool, after: ModelError | None = None
+    ) -> Generation:
         """One try: at the key's server, and at the others where that one fails.
 
         One that is busy is waited for, since it has the prompt cached; but not with the last try.
+        It was waited for long enough if ``after`` is its last error.
         """
-        tried: frozenset[int] = frozenset()
-        failure: ModelError | None = None
+        failure = after
+        tried = frozenset() if after is None else frozenset(call.busy)
         while (number := self._router.pick(call.sampling.routing_key, beside=tried)) is not None:
             try:
                 self._check_open()
                 generation = await self._at(number, call)
             except ModelError as error:
                 is_waited_for = error.status in OVERLOADED and not is_last
+                if is_waited_for:
+                    call.busy.add(number)
                 if not error.retryable or is_waited_for or self._is_closing:
                     raise
                 if error.status is None:
@@ -353,7 +367,10 @@ class SglangEngine:
         def keep(piece: Piece) -> None:
             pieces.append(piece)
             if call.tell is not None:
-                call.tell(piece)
+                try:
+                    call.tell(piece)
+                except ModelError as error:  # not the server's, which would be asked again
+                    raise _ListenerError(error) from error
 
         listener = None if call.tell is None else keep
         answer = await self._post(number, payload, listener, sampling.routing_key)
@@ -546,6 +563,14 @@ def open_sglang(
         context_tokens=context_tokens,
         has_grammar=True,  # where a server has none, it warns
     )
+
+
+class _ListenerError(Exception):
+    """Brings what a stream's listener raised past those who mend what servers do."""
+
+    def __init__(self, raised: ModelError) -> None:
+        super().__init__(str(raised))
+        self.raised = raised
 
 
 async def _streamed(

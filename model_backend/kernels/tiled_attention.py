@@ -6,7 +6,8 @@
 One program makes one tile of one head: of queries (output; their gradient) or of keys (gradients of
 keys and values), so nothing is added up in memory and results are the same each time. Keys of a
 prefix are read where they lie, and values keep their own width. Tiles of one sequence follow each
-other, for they read the same; the longest work comes first, which keeps the end short.
+other, for they read the same; the longest work comes first, which keeps the end short. A tile may
+read rows of the next sequence and weigh them with 0: what is not finite spoils its neighbour too.
 """
 
 # Shapes: T = packed tokens, H = heads, K = width of a key, V = of a value, N = sequences.
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from swarm_sdk.model_backend.kernels import fused
 
@@ -30,6 +32,8 @@ LEAST_PART = 16
 ALIGN_BYTES = 16
 """Rows and heads start at multiples of this."""
 HALF = (torch.bfloat16, torch.float16)
+WIDEST_KEY, WIDEST_VALUE = 192, 128
+"""Wider heads need more memory than a processor of Hopper's shares."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,13 +162,17 @@ class Work:
         return tensor.to(self.device, non_blocking=True)
 
 
-def fits(*inputs: Tensor) -> bool:
-    """Whether the kernels run where ``inputs`` lie, in their type and at their widths."""
-    return all(
-        fused.can_load_tiles(x)
-        and x.dtype in HALF
-        and x.shape[-1] * x.element_size() % ALIGN_BYTES == 0
-        for x in inputs
+def fits(q_THK: Tensor, k_THK: Tensor, v_THV: Tensor) -> bool:
+    """Whether the kernels run where the inputs lie, in their type and at their widths."""
+    return (
+        q_THK.shape[-1] <= WIDEST_KEY
+        and v_THV.shape[-1] <= WIDEST_VALUE
+        and all(
+            fused.can_load_tiles(x)
+            and x.dtype in HALF
+            and x.shape[-1] * x.element_size() % ALIGN_BYTES == 0
+            for x in (q_THK, k_THK, v_THV)
+        )
     )
 
 
@@ -222,7 +230,10 @@ class _Attention(torch.autograd.Function):
         return out_THV
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *gradients: Any
+    ) -> tuple[Tensor | None, ...]:
         q_THK, k_THK, v_THV, out_THV, log_sums_HT = ctx.saved_tensors
         work, scale, is_causal, tiles = ctx.work, ctx.scale, ctx.is_causal, ctx.tiles
         d_out_THV = gradients[0].contiguous()

@@ -9,7 +9,13 @@ import sys
 
 import pytest
 
-from swarm_sdk.model_backend.kernels.tiled_attention import Tiles, parts_of
+from swarm_sdk.model_backend.kernels.tiled_attention import (
+    WIDEST_KEY,
+    WIDEST_NARROW,
+    WIDEST_VALUE,
+    Tiles,
+    parts_of,
+)
 
 pytest.importorskip("triton")
 
@@ -115,7 +121,8 @@ def attention_kernels(width, value_width, *, is_causal, has_prefix):
 
 
 KERNELS += [
-    *attention_kernels(192, 128, is_causal=True, has_prefix=True),
+    *attention_kernels(WIDEST_KEY, WIDEST_VALUE, is_causal=True, has_prefix=True),
+    *attention_kernels(WIDEST_NARROW, WIDEST_VALUE, is_causal=True, has_prefix=True),
     *attention_kernels(64, 32, is_causal=True, has_prefix=True),
     *attention_kernels(72, 72, is_causal=False, has_prefix=False),
 ]
