@@ -18,7 +18,8 @@ may keep all tensors of a kind in a layout of its kernels' own (some backends of
 no checksum of that kind is ours then. So a tensor is wrong if it differs and others of its kind
 agree; if a whole kind differs, the update is not called bad and not called verified.
 If an update breaks off after the first bucket, the servers hold a mixture: they stay paused, so
-that no token is sampled from it, until an update succeeds. If it breaks off before, they go on.
+that no token is sampled from it, until an update succeeds. If it breaks off before, they go on;
+the session that ``begin`` opened is closed first, for its layout of the weights is another.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ GROUP: Final = "swarm_weights"
 INT4: Final = "compressed-tensors"
 """What SGLang calls the quantization of ``weights/int4.py``."""
 UNDO_S: Final = 30.0
-"""How long servers are asked to go on after an update that broke off."""
+"""How long a server is waited for when it is told to go on."""
 
 # From our names to SGLang's: all else is the same.
 _RENAMED: Final = (
@@ -236,6 +237,8 @@ class SglangWeights:
         self._version = 0
         self._unfit: set[ServerClient] = set()
         """Those that must not sample from what they hold: they stay paused."""
+        self._in_session: set[ServerClient] = set()
+        """Those that were told to begin an update and not yet to end it."""
         self._group: Any = None
         self._group_timeout_s = group_timeout_s
         self._sending: Any = None
@@ -273,7 +276,7 @@ class SglangWeights:
                         "convert SRC DST --to int4) and use SglangWeights.load"
                     )
             async with self._paused():
-                await self._begin()
+                await self._each(self._begin)
                 content = buckets(state_dict, self._tensors, self._dtype, self._bucket_bytes)
                 for bucket, is_last in _marking_the_last(content):
                     how = {"weight_version": str(weight_version)} if is_last else {}
@@ -281,7 +284,7 @@ class SglangWeights:
                     await self._send(bucket, {"flush_cache": False, **how})
                     if bucket.content.is_cuda:  # the servers have closed the memory of those before
                         torch.cuda.ipc_collect()  # type: ignore[no-untyped-call]
-                await self._all("/end_weight_update", {}, or_missing=True)
+                await self._each(self._end)
                 await self._each(self._flush)
                 self.is_verified = False
                 if self._verifies:
@@ -468,8 +471,10 @@ class SglangWeights:
             await self._all("/pause_generation", {"mode": _PAUSE_MODE[self._in_flight]})
             yield
         except BaseException as error:
-            with anyio.move_on_after(UNDO_S, shield=True), suppress(ModelError):
-                await self._each(self._continue)
+            try:
+                await self._go_on()
+            except ModelError as another:
+                error.add_note(str(another))
             if self._unfit and isinstance(error, ModelError):
                 unfit = ", ".join(sorted(client.base_url for client in self._unfit))
                 raise ModelError(
@@ -479,30 +484,53 @@ class SglangWeights:
                     retryable=error.retryable,
                 ) from error
             raise
-        await self._each(self._continue)
+        await self._go_on()
+
+    async def _go_on(self) -> None:
+        """Have all but the unfit go on, also if this task is cancelled."""
+
+        async def go_on(client: ServerClient) -> None:
+            try:
+                with anyio.fail_after(UNDO_S):
+                    await self._continue(client)
+            except TimeoutError as error:
+                raise ModelError(
+                    f"{client.base_url} was told to go on and gave no answer within {UNDO_S:g} s: "
+                    "it may stay paused until the next update"
+                ) from error
+
+        with anyio.CancelScope(shield=True):
+            await self._each(go_on)
 
     async def _continue(self, client: ServerClient) -> None:
-        if client not in self._unfit:
-            await self._post(client, "/continue_generation", {})
-
-    async def _begin(self) -> None:
-        """Open a session, where the server has them; one that a broken update left is closed."""
-
-        async def begin(client: ServerClient) -> None:
+        """Let a server go on, unless it is unfit; it must not sample while its session is open."""
+        if client in self._unfit:
+            return
+        if client in self._in_session:
+            self._unfit.add(client)
             try:
-                await self._post(client, "/begin_weight_update", {}, or_missing=True)
+                await self._end(client)
             except ModelError as error:
-                if "already open" not in str(error):
+                if "no weight-update session is open" not in str(error):  # it refused to begin
                     raise
-                await self._post(client, "/end_weight_update", {})
-                await self._post(client, "/begin_weight_update", {})
+            self._in_session.discard(client)
+            self._unfit.discard(client)
+        await self._post(client, "/continue_generation", {})
 
+    async def _begin(self, client: ServerClient) -> None:
+        """Open a session, where a server has them; one that a broken update left is closed."""
+        self._in_session.add(client)
         try:
-            await self._each(begin)
-        except ModelError:
-            with suppress(ModelError):
-                await self._all("/end_weight_update", {}, or_missing=True)
-            raise
+            await self._post(client, "/begin_weight_update", {}, or_missing=True)
+        except ModelError as error:
+            if "already open" not in str(error):
+                raise
+            await self._post(client, "/end_weight_update", {})
+            await self._post(client, "/begin_weight_update", {})
+
+    async def _end(self, client: ServerClient) -> None:
+        await self._post(client, "/end_weight_update", {}, or_missing=True)
+        self._in_session.discard(client)
 
     async def _send(self, bucket: Bucket, how: dict[str, Any]) -> None:
         if self._way == "tensor":

@@ -14,12 +14,14 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import anyio
+import anyio.from_thread
 import pytest
 import torch
 from aiohttp import web
 from safetensors.torch import load_file, save_file
 
 from swarm_sdk.errors import ConfigError, ModelError
+from swarm_sdk.model_backend import sglang_weights
 from swarm_sdk.model_backend.model.config import tiny
 from swarm_sdk.model_backend.model.kimi import KimiModel
 from swarm_sdk.model_backend.sglang_checksums import checksum
@@ -53,6 +55,8 @@ class Receiver:
     num_waiting: int = 0
     spoils: str = ""
     """The path that fails."""
+    hangs: str = ""
+    """The path that is taken and never answered."""
     says: str = "no memory"
     """Why it does."""
     info: dict = field(default_factory=lambda: {"tp_size": 1, "dtype": "auto", "device": "cpu"})
@@ -76,14 +80,21 @@ class Receiver:
             if self.is_open and is_begin:
                 told = {"success": False, "message": "a session is already open"}
                 return web.json_response(told, status=400)
+            if not self.is_open and not is_begin:
+                told = {"success": False, "message": "no weight-update session is open"}
+                return web.json_response(told, status=400)
             self.is_open = is_begin
+        if path == self.hangs:
+            await anyio.sleep_forever()
         if path == "flush_cache":
             return web.Response(text="Cache flushed.", status=200 if self.can_flush else 400)
         if path == "weights_checker":
             if not self.has_checksums:
                 return web.json_response({"success": False, "message": "Unsupported"}, status=400)
             ranks = [{"checksums": self.checksums}] * self.info["tp_size"]
-            return web.json_response({"ranks": ranks})
+            response = web.json_response({"ranks": ranks})
+            response.force_close()  # as SGLang does five seconds later: hashes take longer
+            return response
         if path == "update_weights_from_tensor":
             assert body["load_format"] == "flattened_bucket"
             (content,) = body["serialized_named_tensors"]
@@ -312,6 +323,102 @@ async def test_servers_go_on_if_another_fails_before_the_first_bucket(model, wei
     assert not healthy.is_paused
     assert not healthy.is_open
     assert "update_weights_from_tensor" not in healthy.paths
+
+
+def out_of_memory(*_):
+    raise torch.OutOfMemoryError("no memory for a bucket")
+
+
+@pytest.mark.anyio
+async def test_a_session_is_closed_before_servers_go_on_if_the_first_bucket_fails(
+    model, weights, monkeypatch
+):
+    monkeypatch.setattr(sglang_weights, "_bucket", out_of_memory)
+    async with receiving() as new, receiving(has_sessions=False) as old:
+        sink = SglangWeights([new.base_url, old.base_url], model.config)
+        with pytest.raises(torch.OutOfMemoryError) as caught:
+            await sink.update_weights(weights, 1)
+        await sink.aclose()
+    for receiver in (new, old):
+        assert receiver.paths == [
+            "pause_generation",
+            "begin_weight_update",
+            "end_weight_update",
+            "continue_generation",
+        ]
+    assert not new.is_open
+    assert not hasattr(caught.value, "__notes__")
+
+
+@pytest.mark.anyio
+async def test_a_session_is_closed_before_a_server_goes_on_if_its_beginning_is_cancelled(
+    model, weights
+):
+    async with receiving(hangs="begin_weight_update") as receiver:
+        sink = SglangWeights(receiver.base_url, model.config)
+        with anyio.move_on_after(0.5):
+            await sink.update_weights(weights, 1)
+        await sink.aclose()
+    assert receiver.paths[1:] == [
+        "begin_weight_update",
+        "end_weight_update",
+        "continue_generation",
+    ]
+    assert not receiver.is_open
+
+
+@pytest.mark.anyio
+async def test_a_server_whose_session_cannot_be_closed_stays_paused_until_an_update_succeeds(
+    model, weights, monkeypatch
+):
+    async with receiving(spoils="end_weight_update") as receiver:
+        expects(receiver, weights)
+        sink = SglangWeights(receiver.base_url, model.config)
+        with monkeypatch.context() as patched:
+            patched.setattr(sglang_weights, "_bucket", out_of_memory)
+            with pytest.raises(torch.OutOfMemoryError):
+                await sink.update_weights(weights, 1)
+        assert receiver.is_paused
+        receiver.spoils = ""
+        await sink.update_weights(weights, 1)
+        await sink.aclose()
+    assert not receiver.is_paused
+    assert not receiver.is_open
+
+
+@pytest.mark.anyio
+async def test_updated_servers_go_on_if_the_update_is_cancelled_at_its_last_step(
+    model, weights, monkeypatch
+):
+    async with receiving() as receiver:
+        expects(receiver, weights)
+        sink = SglangWeights(receiver.base_url, model.config)
+        with anyio.CancelScope() as scope:
+
+            def cancelling(tensor, *, on_gpu):
+                anyio.from_thread.run_sync(scope.cancel)
+                return checksum(tensor, on_gpu=on_gpu)
+
+            monkeypatch.setattr(sglang_weights, "checksum", cancelling)
+            await sink.update_weights(weights, 1)
+        await sink.aclose()
+    assert (sink.weight_version, sink.is_verified) == (1, True)
+    assert not receiver.is_paused
+
+
+@pytest.mark.anyio
+async def test_a_server_that_does_not_go_on_is_named(model, weights, monkeypatch):
+    monkeypatch.setattr(sglang_weights, "UNDO_S", 0.3)
+    async with receiving() as good, receiving(hangs="continue_generation") as silent:
+        sink = SglangWeights([good.base_url, silent.base_url], model.config, verifies=False)
+        with pytest.raises(ModelError, match=f"{silent.base_url} .*may stay paused"):
+            await sink.update_weights(weights, 1)
+        monkeypatch.setattr(sglang_weights, "_bucket", out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError) as caught:
+            await sink.update_weights(weights, 1)
+        await sink.aclose()
+    assert f"{silent.base_url} was told to go on" in caught.value.__notes__[0]
+    assert not good.is_paused
 
 
 @pytest.mark.anyio
