@@ -9,6 +9,7 @@
                on a GPU: its memory is opened by the server (CUDA IPC), nothing is copied over
                on a CPU: the bytes travel in the request
     in_flight  retract   requests go back to the queue; their keys are computed anew
+                         (SGLang 0.5.11 cannot flush its cache then: as ``abort``)
                keep      they go on with the keys of the old weights (each token's version is told)
                abort     they are ended, and ``SglangEngine`` asks for them again
 
@@ -74,6 +75,8 @@ BUCKET_BYTES: Final = 2**30
 GROUP: Final = "swarm_weights"
 INT4: Final = "compressed-tensors"
 """What SGLang calls the quantization of ``weights/int4.py``."""
+FLUSH_TRIES: Final = 5
+FLUSH_WAIT_S: Final = 0.2
 UNDO_S: Final = 30.0
 """How long a server is waited for when it is told to go on."""
 
@@ -655,18 +658,26 @@ class SglangWeights:
     async def _flush(self, client: ServerClient) -> None:
         """Forget the keys of the old weights, unless requests are to keep them.
 
-        By a call of its own: SGLang 0.5.11 ends if it cannot flush within an update.
+        By a call of its own: SGLang 0.5.11 ends if it cannot flush within an update. It cannot
+        while requests wait, retracted ones too, so these are ended then.
         """
         if self._in_flight == "keep":
             return
-        try:
-            await client.command("/flush_cache", {})
-        except ModelError as error:
-            raise ModelError(
-                f"{client.base_url} has the new weights and keeps keys of the old, for requests "
-                'wait and this SGLang cannot flush then: publish with in_flight="abort"',
-                status=error.status,
-            ) from error
+        for _ in range(FLUSH_TRIES):
+            try:
+                await client.command("/flush_cache", {})
+            except ModelError as error:
+                if error.status != HTTPStatus.BAD_REQUEST:
+                    raise
+            else:
+                return
+            await self._post(client, "/abort_request", {"abort_all": True})
+            await anyio.sleep(FLUSH_WAIT_S)
+        raise ModelError(
+            f"{client.base_url} keeps keys of the old weights: it does not flush its cache, though "
+            "its requests were told to end",
+            status=HTTPStatus.BAD_REQUEST,
+        )
 
     async def _check_idle(self, client: ServerClient) -> None:
         loads = (await client.get("/v1/loads"))["loads"]

@@ -53,6 +53,7 @@ class Receiver:
     is_open: bool = False
     """Whether a session is, left by a trainer that died."""
     num_waiting: int = 0
+    """Requests in its queue, for which 0.5.11 does not flush; each abort ends one."""
     spoils: str = ""
     """The path that fails."""
     hangs: str = ""
@@ -86,8 +87,12 @@ class Receiver:
             self.is_open = is_begin
         if path == self.hangs:
             await anyio.sleep_forever()
+        if path == "abort_request":
+            self.num_waiting = max(0, self.num_waiting - 1)
+            return web.Response()
         if path == "flush_cache":
-            return web.Response(text="Cache flushed.", status=200 if self.can_flush else 400)
+            is_done = self.can_flush and not self.num_waiting
+            return web.Response(text="Flush cache.", status=200 if is_done else 400)
         if path == "weights_checker":
             if not self.has_checksums:
                 return web.json_response({"success": False, "message": "Unsupported"}, status=400)
@@ -224,13 +229,30 @@ async def test_a_server_without_sessions_and_checksums_is_served_and_not_called_
 
 
 @pytest.mark.anyio
-async def test_a_server_that_cannot_flush_stays_paused_and_says_what_to_do(model, weights):
-    async with receiving(has_sessions=False, can_flush=False) as receiver:
+async def test_requests_that_a_server_cannot_keep_while_it_flushes_are_ended(model, weights):
+    async with receiving(has_sessions=False, num_waiting=2) as receiver:
+        expects(receiver, weights)
         sink = SglangWeights(receiver.base_url, model.config)
-        with pytest.raises(ModelError, match='in_flight="abort"'):
-            await sink.update_weights(weights, 1)
+        await sink.update_weights(weights, 1)
         await sink.aclose()
-    assert "continue_generation" not in receiver.paths
+    flushes = ["flush_cache", "abort_request", "flush_cache", "abort_request", "flush_cache"]
+    assert receiver.paths[-7:] == [*flushes, "weights_checker", "continue_generation"]
+    assert receiver.bodies[-6] == {"abort_all": True}
+    assert sink.is_verified
+
+
+@pytest.mark.anyio
+async def test_a_server_that_cannot_flush_stays_paused_until_an_update_succeeds(model, weights):
+    async with receiving(has_sessions=False, can_flush=False) as receiver:
+        expects(receiver, weights)
+        sink = SglangWeights(receiver.base_url, model.config)
+        with pytest.raises(ModelError, match=r"keeps keys of the old.*stays paused until"):
+            await sink.update_weights(weights, 1)
+        assert receiver.is_paused
+        receiver.can_flush = True
+        await sink.update_weights(weights, 1)
+        await sink.aclose()
+    assert not receiver.is_paused
 
 
 @pytest.mark.anyio
