@@ -326,12 +326,12 @@ class SglangWeights:
             try:
                 await self._post(client, "/update_weights_from_disk", payload)
             except ModelError as error:
+                # SGLang refuses with these; another status is a gateway's, and it may still read.
+                may_refuse = error.status in (HTTPStatus.OK, HTTPStatus.BAD_REQUEST)
                 # A failed read is another thing than a refusal: SGLang's way back reads the new
                 # files once more, under the old version's number.
-                is_refusal = error.status is not None and "Failed to update weights" not in str(
-                    error
-                )
-                if is_refusal and not was_unfit:
+                is_failed_read = "Failed to update weights" in str(error)
+                if may_refuse and not is_failed_read and not was_unfit:
                     self._unfit.discard(client)
                 raise
             await self._flush(client)

@@ -60,6 +60,8 @@ class Receiver:
     """The path that is taken and never answered."""
     says: str = "no memory"
     """Why it does."""
+    status: int = 400
+    """What it fails with."""
     info: dict = field(default_factory=lambda: {"tp_size": 1, "dtype": "auto", "device": "cpu"})
     base_url: str = ""
     paths: list = field(default_factory=list)
@@ -73,7 +75,7 @@ class Receiver:
         self.paths.append(path)
         self.bodies.append(body)
         if path == self.spoils:
-            return web.json_response({"success": False, "message": self.says}, status=400)
+            return web.json_response({"success": False, "message": self.says}, status=self.status)
         if path in ("begin_weight_update", "end_weight_update"):
             if not self.has_sessions:
                 return web.json_response({"detail": "Not Found"}, status=404)
@@ -492,6 +494,21 @@ async def test_a_server_that_breaks_off_while_it_reads_a_checkpoint_stays_paused
         await sink.load(tmp_path, 2)
         await sink.aclose()
     assert not receiver.is_paused
+
+
+@pytest.mark.parametrize("status", [502, 504])
+@pytest.mark.anyio
+async def test_a_server_stays_paused_if_its_gateway_answers_while_it_reads_a_checkpoint(
+    model, tmp_path, status
+):
+    checkpoint.save(model, tmp_path, dtype=torch.bfloat16)
+    how = {"spoils": "update_weights_from_disk", "says": "Gateway Time-out", "status": status}
+    async with receiving(**how) as receiver:
+        sink = SglangWeights(receiver.base_url, model.config)
+        with pytest.raises(ModelError, match=r"Gateway Time-out.*stays paused until"):
+            await sink.load(tmp_path, 1)
+        await sink.aclose()
+    assert receiver.is_paused
 
 
 @pytest.mark.anyio
