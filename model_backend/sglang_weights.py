@@ -284,12 +284,12 @@ class SglangWeights:
                 for bucket, is_last in _marking_the_last(content):
                     how = {"weight_version": str(weight_version)} if is_last else {}
                     self._unfit.update(self._clients)
+                    self.is_verified = False
                     await self._send(bucket, {"flush_cache": False, **how})
                     if bucket.content.is_cuda:  # the servers have closed the memory of those before
                         torch.cuda.ipc_collect()  # type: ignore[no-untyped-call]
                 await self._each(self._end)
                 await self._each(self._flush)
-                self.is_verified = False
                 if self._verifies:
                     await self._verify(state_dict)
                 self._unfit.clear()
@@ -323,6 +323,7 @@ class SglangWeights:
         async def load(client: ServerClient) -> None:
             was_unfit = client in self._unfit
             self._unfit.add(client)
+            self.is_verified = False
             try:
                 await self._post(client, "/update_weights_from_disk", payload)
             except ModelError as error:
@@ -349,7 +350,7 @@ class SglangWeights:
                     )
             async with self._paused():
                 await self._each(load)
-                self._version, self.is_verified = weight_version, False
+                self._version = weight_version
 
     async def verify(self, state_dict: Mapping[str, Tensor]) -> bool:
         """Compare the servers' checksums with those of ``state_dict``; also sets ``is_verified``.
@@ -401,6 +402,7 @@ class SglangWeights:
         async with self._lock, self._paused():
             await self._each(self._check_idle)
             self._unfit.update(self._clients)
+            self.is_verified = False
             await self._all("/release_memory_occupation", {})
 
     async def resume_memory(self) -> None:
@@ -478,14 +480,18 @@ class SglangWeights:
                 await self._go_on()
             except ModelError as another:
                 error.add_note(str(another))
-            if self._unfit and isinstance(error, ModelError):
-                unfit = ", ".join(sorted(client.base_url for client in self._unfit))
+            if not self._unfit:
+                raise
+            unfit = ", ".join(sorted(client.base_url for client in self._unfit))
+            says = (
+                "may hold a mixture of old and new, and stays paused until an update succeeds: "
+                + unfit
+            )
+            if isinstance(error, ModelError):
                 raise ModelError(
-                    f"{error}; may hold a mixture of old and new, and stays paused until an update "
-                    f"succeeds: {unfit}",
-                    status=error.status,
-                    retryable=error.retryable,
+                    f"{error}; {says}", status=error.status, retryable=error.retryable
                 ) from error
+            error.add_note(says)
             raise
         await self._go_on()
 

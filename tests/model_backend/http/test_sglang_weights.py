@@ -336,6 +336,58 @@ async def test_a_server_that_may_hold_a_mixture_stays_paused_until_an_update_suc
     assert not receiver.is_paused
 
 
+@pytest.mark.anyio
+async def test_whatever_breaks_an_update_off_says_that_servers_stay_paused(
+    model, weights, monkeypatch
+):
+    join, joined = sglang_weights._bucket, []
+
+    def join_four(held):  # two buckets are ready before the first is sent
+        joined.append(held)
+        return join(held) if len(joined) < 4 else out_of_memory()
+
+    async with receiving() as receiver:
+        expects(receiver, weights)
+        sink = SglangWeights(receiver.base_url, model.config, bucket_bytes=20_000)
+        await sink.update_weights(weights, 1)
+        assert sink.is_verified
+        monkeypatch.setattr(sglang_weights, "_bucket", join_four)
+        with pytest.raises(torch.OutOfMemoryError) as caught:
+            await sink.update_weights(weights, 2)
+        await sink.aclose()
+    assert "a mixture" in caught.value.__notes__[0]
+    assert (
+        f"stays paused until an update succeeds: {receiver.base_url}" in caught.value.__notes__[0]
+    )
+    assert receiver.is_paused
+    assert sink.is_verified is False
+
+
+@pytest.mark.parametrize(
+    "spoils", ["end_weight_update", "update_weights_from_disk", "release_memory_occupation"]
+)
+@pytest.mark.anyio
+async def test_weights_that_may_be_others_than_those_verified_are_not_called_verified(
+    model, weights, tmp_path, spoils
+):
+    checkpoint.save(model, tmp_path, dtype=torch.bfloat16)
+    async with receiving() as receiver:
+        expects(receiver, weights)
+        sink = SglangWeights(receiver.base_url, model.config)
+        await sink.update_weights(weights, 1)
+        assert sink.is_verified
+        receiver.spoils, receiver.says = spoils, "Failed to update weights"
+        change = {
+            "end_weight_update": lambda: sink.update_weights(weights, 2),
+            "update_weights_from_disk": lambda: sink.load(tmp_path, 2),
+            "release_memory_occupation": sink.release_memory,
+        }[spoils]
+        with pytest.raises(ModelError, match="stays paused until"):
+            await change()
+        await sink.aclose()
+    assert sink.is_verified is False
+
+
 @pytest.mark.parametrize("spoils", ["pause_generation", "begin_weight_update"])
 @pytest.mark.anyio
 async def test_servers_go_on_if_another_fails_before_the_first_bucket(model, weights, spoils):
