@@ -231,6 +231,7 @@ class SglangWeights:
         self._config = config
         self._tensors = [tensor for tensor in every if tensor.parameter in wanted]
         self._shapes = _parameter_shapes(self._tensors)
+        self._float32 = {tensor.parameter for tensor in every if tensor.is_float32}
         self._way: Way = way
         self._in_flight: InFlight = in_flight
         self._dtype = dtype
@@ -643,11 +644,10 @@ class SglangWeights:
         self, state_dict: Mapping[str, Tensor], checksums: Mapping[str, str], facts: _Facts
     ) -> tuple[list[str], list[str]]:
         """Names of the tensors that are wrong, and of those that differ with all of their kind."""
-        float32 = {tensor.parameter for tensor in self._tensors if tensor.is_float32}
         differ, agreeing = [], set()
         for name, tensor in state_dict.items():
             sent = tensor.detach()
-            if name not in float32:
+            if name not in self._float32:
                 sent = sent.to(self._dtype).to(facts.dtype)
             if checksums.get(sglang_name(name)) == checksum(sent, on_gpu=facts.is_on_gpu):
                 agreeing.add(_kind(name, sent))

@@ -144,10 +144,12 @@ async def receiving(**how):
 
 
 def expects(receiver, weights):
-    """Have the receiver tell the checksums of ``weights`` in bfloat16."""
+    """Have the receiver tell the checksums of ``weights`` in bfloat16, but for the biases."""
     on_gpu = receiver.info["device"] == "cuda"
     receiver.checksums = {
-        sglang_name(name): checksum(tensor.to(torch.bfloat16), on_gpu=on_gpu)
+        sglang_name(name): checksum(
+            tensor if name.endswith("correction_bias") else tensor.to(torch.bfloat16), on_gpu=on_gpu
+        )
         for name, tensor in weights.items()
     }
 
@@ -676,6 +678,19 @@ async def test_who_has_the_weights_of_a_loaded_checkpoint_verifies_them(model, w
         assert sink.is_verified is False
         assert await sink.verify(weights)
         assert sink.is_verified
+        await sink.aclose()
+
+
+@pytest.mark.anyio
+async def test_the_whole_state_of_a_model_is_verified_its_correction_biases_too(model):
+    state = model.state_dict()
+    bias = next(name for name in state if name.endswith("e_score_correction_bias"))
+    async with receiving() as receiver:
+        expects(receiver, state)
+        sink = SglangWeights(receiver.base_url, model.config)
+        assert await sink.verify(state)
+        with pytest.raises(ModelError, match=f"1 tensors differ, the first is {bias}"):
+            await sink.verify({**state, bias: state[bias] + 1})
         await sink.aclose()
 
 
