@@ -9,6 +9,7 @@
                on a GPU: its memory is opened by the server (CUDA IPC), nothing is copied over
                on a CPU: the bytes travel in the request
     in_flight  retract   requests go back to the queue; their keys are computed anew
+                         (SGLang 0.5.11 cannot flush its cache then: as ``abort``)
                keep      they go on with the keys of the old weights (each token's version is told)
                abort     they are ended, and ``SglangEngine`` asks for them again
 
@@ -18,7 +19,8 @@ may keep all tensors of a kind in a layout of its kernels' own (some backends of
 no checksum of that kind is ours then. So a tensor is wrong if it differs and others of its kind
 agree; if a whole kind differs, the update is not called bad and not called verified.
 If an update breaks off after the first bucket, the servers hold a mixture: they stay paused, so
-that no token is sampled from it, until an update succeeds. If it breaks off before, they go on.
+that no token is sampled from it, until an update succeeds. If it breaks off before, they go on;
+the session that ``begin`` opened is closed first, for its layout of the weights is another.
 """
 
 from __future__ import annotations
@@ -73,8 +75,10 @@ BUCKET_BYTES: Final = 2**30
 GROUP: Final = "swarm_weights"
 INT4: Final = "compressed-tensors"
 """What SGLang calls the quantization of ``weights/int4.py``."""
+FLUSH_TRIES: Final = 5
+FLUSH_WAIT_S: Final = 0.2
 UNDO_S: Final = 30.0
-"""How long servers are asked to go on after an update that broke off."""
+"""How long a server is waited for when it is told to go on."""
 
 # From our names to SGLang's: all else is the same.
 _RENAMED: Final = (
@@ -227,6 +231,7 @@ class SglangWeights:
         self._config = config
         self._tensors = [tensor for tensor in every if tensor.parameter in wanted]
         self._shapes = _parameter_shapes(self._tensors)
+        self._float32 = {tensor.parameter for tensor in every if tensor.is_float32}
         self._way: Way = way
         self._in_flight: InFlight = in_flight
         self._dtype = dtype
@@ -236,6 +241,8 @@ class SglangWeights:
         self._version = 0
         self._unfit: set[ServerClient] = set()
         """Those that must not sample from what they hold: they stay paused."""
+        self._in_session: set[ServerClient] = set()
+        """Those that were told to begin an update and not yet to end it."""
         self._group: Any = None
         self._group_timeout_s = group_timeout_s
         self._sending: Any = None
@@ -273,17 +280,17 @@ class SglangWeights:
                         "convert SRC DST --to int4) and use SglangWeights.load"
                     )
             async with self._paused():
-                await self._begin()
+                await self._each(self._begin)
                 content = buckets(state_dict, self._tensors, self._dtype, self._bucket_bytes)
                 for bucket, is_last in _marking_the_last(content):
                     how = {"weight_version": str(weight_version)} if is_last else {}
                     self._unfit.update(self._clients)
+                    self.is_verified = False
                     await self._send(bucket, {"flush_cache": False, **how})
                     if bucket.content.is_cuda:  # the servers have closed the memory of those before
                         torch.cuda.ipc_collect()  # type: ignore[no-untyped-call]
-                await self._all("/end_weight_update", {}, or_missing=True)
+                await self._each(self._end)
                 await self._each(self._flush)
-                self.is_verified = False
                 if self._verifies:
                     await self._verify(state_dict)
                 self._unfit.clear()
@@ -317,15 +324,16 @@ class SglangWeights:
         async def load(client: ServerClient) -> None:
             was_unfit = client in self._unfit
             self._unfit.add(client)
+            self.is_verified = False
             try:
                 await self._post(client, "/update_weights_from_disk", payload)
             except ModelError as error:
+                # SGLang refuses with these; another status is a gateway's, and it may still read.
+                may_refuse = error.status in (HTTPStatus.OK, HTTPStatus.BAD_REQUEST)
                 # A failed read is another thing than a refusal: SGLang's way back reads the new
                 # files once more, under the old version's number.
-                is_refusal = error.status is not None and "Failed to update weights" not in str(
-                    error
-                )
-                if is_refusal and not was_unfit:
+                is_failed_read = "Failed to update weights" in str(error)
+                if may_refuse and not is_failed_read and not was_unfit:
                     self._unfit.discard(client)
                 raise
             await self._flush(client)
@@ -343,7 +351,7 @@ class SglangWeights:
                     )
             async with self._paused():
                 await self._each(load)
-                self._version, self.is_verified = weight_version, False
+                self._version = weight_version
 
     async def verify(self, state_dict: Mapping[str, Tensor]) -> bool:
         """Compare the servers' checksums with those of ``state_dict``; also sets ``is_verified``.
@@ -395,6 +403,7 @@ class SglangWeights:
         async with self._lock, self._paused():
             await self._each(self._check_idle)
             self._unfit.update(self._clients)
+            self.is_verified = False
             await self._all("/release_memory_occupation", {})
 
     async def resume_memory(self) -> None:
@@ -468,41 +477,70 @@ class SglangWeights:
             await self._all("/pause_generation", {"mode": _PAUSE_MODE[self._in_flight]})
             yield
         except BaseException as error:
-            with anyio.move_on_after(UNDO_S, shield=True), suppress(ModelError):
-                await self._each(self._continue)
-            if self._unfit and isinstance(error, ModelError):
-                unfit = ", ".join(sorted(client.base_url for client in self._unfit))
+            try:
+                await self._go_on()
+            except ModelError as another:
+                error.add_note(str(another))
+            if not self._unfit:
+                raise
+            unfit = ", ".join(sorted(client.base_url for client in self._unfit))
+            says = (
+                "may hold a mixture of old and new, and stays paused until an update succeeds: "
+                + unfit
+            )
+            if isinstance(error, ModelError):
                 raise ModelError(
-                    f"{error}; may hold a mixture of old and new, and stays paused until an update "
-                    f"succeeds: {unfit}",
-                    status=error.status,
-                    retryable=error.retryable,
+                    f"{error}; {says}", status=error.status, retryable=error.retryable
                 ) from error
+            error.add_note(says)
             raise
-        await self._each(self._continue)
+        await self._go_on()
+
+    async def _go_on(self) -> None:
+        """Have all but the unfit go on, also if this task is cancelled."""
+
+        async def go_on(client: ServerClient) -> None:
+            try:
+                with anyio.fail_after(UNDO_S):
+                    await self._continue(client)
+            except TimeoutError as error:
+                raise ModelError(
+                    f"{client.base_url} was told to go on and gave no answer within {UNDO_S:g} s: "
+                    "it may stay paused until the next update"
+                ) from error
+
+        with anyio.CancelScope(shield=True):
+            await self._each(go_on)
 
     async def _continue(self, client: ServerClient) -> None:
-        if client not in self._unfit:
-            await self._post(client, "/continue_generation", {})
-
-    async def _begin(self) -> None:
-        """Open a session, where the server has them; one that a broken update left is closed."""
-
-        async def begin(client: ServerClient) -> None:
+        """Let a server go on, unless it is unfit; it must not sample while its session is open."""
+        if client in self._unfit:
+            return
+        if client in self._in_session:
+            self._unfit.add(client)
             try:
-                await self._post(client, "/begin_weight_update", {}, or_missing=True)
+                await self._end(client)
             except ModelError as error:
-                if "already open" not in str(error):
+                if "no weight-update session is open" not in str(error):  # it refused to begin
                     raise
-                await self._post(client, "/end_weight_update", {})
-                await self._post(client, "/begin_weight_update", {})
+            self._in_session.discard(client)
+            self._unfit.discard(client)
+        await self._post(client, "/continue_generation", {})
 
+    async def _begin(self, client: ServerClient) -> None:
+        """Open a session, where a server has them; one that a broken update left is closed."""
+        self._in_session.add(client)
         try:
-            await self._each(begin)
-        except ModelError:
-            with suppress(ModelError):
-                await self._all("/end_weight_update", {}, or_missing=True)
-            raise
+            await self._post(client, "/begin_weight_update", {}, or_missing=True)
+        except ModelError as error:
+            if "already open" not in str(error):
+                raise
+            await self._post(client, "/end_weight_update", {})
+            await self._post(client, "/begin_weight_update", {})
+
+    async def _end(self, client: ServerClient) -> None:
+        await self._post(client, "/end_weight_update", {}, or_missing=True)
+        self._in_session.discard(client)
 
     async def _send(self, bucket: Bucket, how: dict[str, Any]) -> None:
         if self._way == "tensor":
@@ -606,11 +644,10 @@ class SglangWeights:
         self, state_dict: Mapping[str, Tensor], checksums: Mapping[str, str], facts: _Facts
     ) -> tuple[list[str], list[str]]:
         """Names of the tensors that are wrong, and of those that differ with all of their kind."""
-        float32 = {tensor.parameter for tensor in self._tensors if tensor.is_float32}
         differ, agreeing = [], set()
         for name, tensor in state_dict.items():
             sent = tensor.detach()
-            if name not in float32:
+            if name not in self._float32:
                 sent = sent.to(self._dtype).to(facts.dtype)
             if checksums.get(sglang_name(name)) == checksum(sent, on_gpu=facts.is_on_gpu):
                 agreeing.add(_kind(name, sent))
@@ -627,18 +664,26 @@ class SglangWeights:
     async def _flush(self, client: ServerClient) -> None:
         """Forget the keys of the old weights, unless requests are to keep them.
 
-        By a call of its own: SGLang 0.5.11 ends if it cannot flush within an update.
+        By a call of its own: SGLang 0.5.11 ends if it cannot flush within an update. It cannot
+        while requests wait, retracted ones too, so these are ended then.
         """
         if self._in_flight == "keep":
             return
-        try:
-            await client.command("/flush_cache", {})
-        except ModelError as error:
-            raise ModelError(
-                f"{client.base_url} has the new weights and keeps keys of the old, for requests "
-                'wait and this SGLang cannot flush then: publish with in_flight="abort"',
-                status=error.status,
-            ) from error
+        for _ in range(FLUSH_TRIES):
+            try:
+                await client.command("/flush_cache", {})
+            except ModelError as error:
+                if error.status != HTTPStatus.BAD_REQUEST:
+                    raise
+            else:
+                return
+            await self._post(client, "/abort_request", {"abort_all": True})
+            await anyio.sleep(FLUSH_WAIT_S)
+        raise ModelError(
+            f"{client.base_url} keeps keys of the old weights: it does not flush its cache, though "
+            "its requests were told to end",
+            status=HTTPStatus.BAD_REQUEST,
+        )
 
     async def _check_idle(self, client: ServerClient) -> None:
         loads = (await client.get("/v1/loads"))["loads"]

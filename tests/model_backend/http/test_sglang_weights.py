@@ -14,12 +14,14 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import anyio
+import anyio.from_thread
 import pytest
 import torch
 from aiohttp import web
 from safetensors.torch import load_file, save_file
 
 from swarm_sdk.errors import ConfigError, ModelError
+from swarm_sdk.model_backend import sglang_weights
 from swarm_sdk.model_backend.model.config import tiny
 from swarm_sdk.model_backend.model.kimi import KimiModel
 from swarm_sdk.model_backend.sglang_checksums import checksum
@@ -51,10 +53,15 @@ class Receiver:
     is_open: bool = False
     """Whether a session is, left by a trainer that died."""
     num_waiting: int = 0
+    """Requests in its queue, for which 0.5.11 does not flush; each abort ends one."""
     spoils: str = ""
     """The path that fails."""
+    hangs: str = ""
+    """The path that is taken and never answered."""
     says: str = "no memory"
     """Why it does."""
+    status: int = 400
+    """What it fails with."""
     info: dict = field(default_factory=lambda: {"tp_size": 1, "dtype": "auto", "device": "cpu"})
     base_url: str = ""
     paths: list = field(default_factory=list)
@@ -68,7 +75,7 @@ class Receiver:
         self.paths.append(path)
         self.bodies.append(body)
         if path == self.spoils:
-            return web.json_response({"success": False, "message": self.says}, status=400)
+            return web.json_response({"success": False, "message": self.says}, status=self.status)
         if path in ("begin_weight_update", "end_weight_update"):
             if not self.has_sessions:
                 return web.json_response({"detail": "Not Found"}, status=404)
@@ -76,14 +83,25 @@ class Receiver:
             if self.is_open and is_begin:
                 told = {"success": False, "message": "a session is already open"}
                 return web.json_response(told, status=400)
+            if not self.is_open and not is_begin:
+                told = {"success": False, "message": "no weight-update session is open"}
+                return web.json_response(told, status=400)
             self.is_open = is_begin
+        if path == self.hangs:
+            await anyio.sleep_forever()
+        if path == "abort_request":
+            self.num_waiting = max(0, self.num_waiting - 1)
+            return web.Response()
         if path == "flush_cache":
-            return web.Response(text="Cache flushed.", status=200 if self.can_flush else 400)
+            is_done = self.can_flush and not self.num_waiting
+            return web.Response(text="Flush cache.", status=200 if is_done else 400)
         if path == "weights_checker":
             if not self.has_checksums:
                 return web.json_response({"success": False, "message": "Unsupported"}, status=400)
             ranks = [{"checksums": self.checksums}] * self.info["tp_size"]
-            return web.json_response({"ranks": ranks})
+            response = web.json_response({"ranks": ranks})
+            response.force_close()  # as SGLang does five seconds later: hashes take longer
+            return response
         if path == "update_weights_from_tensor":
             assert body["load_format"] == "flattened_bucket"
             (content,) = body["serialized_named_tensors"]
@@ -126,10 +144,12 @@ async def receiving(**how):
 
 
 def expects(receiver, weights):
-    """Have the receiver tell the checksums of ``weights`` in bfloat16."""
+    """Have the receiver tell the checksums of ``weights`` in bfloat16, but for the biases."""
     on_gpu = receiver.info["device"] == "cuda"
     receiver.checksums = {
-        sglang_name(name): checksum(tensor.to(torch.bfloat16), on_gpu=on_gpu)
+        sglang_name(name): checksum(
+            tensor if name.endswith("correction_bias") else tensor.to(torch.bfloat16), on_gpu=on_gpu
+        )
         for name, tensor in weights.items()
     }
 
@@ -213,13 +233,30 @@ async def test_a_server_without_sessions_and_checksums_is_served_and_not_called_
 
 
 @pytest.mark.anyio
-async def test_a_server_that_cannot_flush_stays_paused_and_says_what_to_do(model, weights):
-    async with receiving(has_sessions=False, can_flush=False) as receiver:
+async def test_requests_that_a_server_cannot_keep_while_it_flushes_are_ended(model, weights):
+    async with receiving(has_sessions=False, num_waiting=2) as receiver:
+        expects(receiver, weights)
         sink = SglangWeights(receiver.base_url, model.config)
-        with pytest.raises(ModelError, match='in_flight="abort"'):
-            await sink.update_weights(weights, 1)
+        await sink.update_weights(weights, 1)
         await sink.aclose()
-    assert "continue_generation" not in receiver.paths
+    flushes = ["flush_cache", "abort_request", "flush_cache", "abort_request", "flush_cache"]
+    assert receiver.paths[-7:] == [*flushes, "weights_checker", "continue_generation"]
+    assert receiver.bodies[-6] == {"abort_all": True}
+    assert sink.is_verified
+
+
+@pytest.mark.anyio
+async def test_a_server_that_cannot_flush_stays_paused_until_an_update_succeeds(model, weights):
+    async with receiving(has_sessions=False, can_flush=False) as receiver:
+        expects(receiver, weights)
+        sink = SglangWeights(receiver.base_url, model.config)
+        with pytest.raises(ModelError, match=r"keeps keys of the old.*stays paused until"):
+            await sink.update_weights(weights, 1)
+        assert receiver.is_paused
+        receiver.can_flush = True
+        await sink.update_weights(weights, 1)
+        await sink.aclose()
+    assert not receiver.is_paused
 
 
 @pytest.mark.anyio
@@ -301,6 +338,58 @@ async def test_a_server_that_may_hold_a_mixture_stays_paused_until_an_update_suc
     assert not receiver.is_paused
 
 
+@pytest.mark.anyio
+async def test_whatever_breaks_an_update_off_says_that_servers_stay_paused(
+    model, weights, monkeypatch
+):
+    join, joined = sglang_weights._bucket, []
+
+    def join_four(held):  # two buckets are ready before the first is sent
+        joined.append(held)
+        return join(held) if len(joined) < 4 else out_of_memory()
+
+    async with receiving() as receiver:
+        expects(receiver, weights)
+        sink = SglangWeights(receiver.base_url, model.config, bucket_bytes=20_000)
+        await sink.update_weights(weights, 1)
+        assert sink.is_verified
+        monkeypatch.setattr(sglang_weights, "_bucket", join_four)
+        with pytest.raises(torch.OutOfMemoryError) as caught:
+            await sink.update_weights(weights, 2)
+        await sink.aclose()
+    assert "a mixture" in caught.value.__notes__[0]
+    assert (
+        f"stays paused until an update succeeds: {receiver.base_url}" in caught.value.__notes__[0]
+    )
+    assert receiver.is_paused
+    assert sink.is_verified is False
+
+
+@pytest.mark.parametrize(
+    "spoils", ["end_weight_update", "update_weights_from_disk", "release_memory_occupation"]
+)
+@pytest.mark.anyio
+async def test_weights_that_may_be_others_than_those_verified_are_not_called_verified(
+    model, weights, tmp_path, spoils
+):
+    checkpoint.save(model, tmp_path, dtype=torch.bfloat16)
+    async with receiving() as receiver:
+        expects(receiver, weights)
+        sink = SglangWeights(receiver.base_url, model.config)
+        await sink.update_weights(weights, 1)
+        assert sink.is_verified
+        receiver.spoils, receiver.says = spoils, "Failed to update weights"
+        change = {
+            "end_weight_update": lambda: sink.update_weights(weights, 2),
+            "update_weights_from_disk": lambda: sink.load(tmp_path, 2),
+            "release_memory_occupation": sink.release_memory,
+        }[spoils]
+        with pytest.raises(ModelError, match="stays paused until"):
+            await change()
+        await sink.aclose()
+    assert sink.is_verified is False
+
+
 @pytest.mark.parametrize("spoils", ["pause_generation", "begin_weight_update"])
 @pytest.mark.anyio
 async def test_servers_go_on_if_another_fails_before_the_first_bucket(model, weights, spoils):
@@ -312,6 +401,102 @@ async def test_servers_go_on_if_another_fails_before_the_first_bucket(model, wei
     assert not healthy.is_paused
     assert not healthy.is_open
     assert "update_weights_from_tensor" not in healthy.paths
+
+
+def out_of_memory(*_):
+    raise torch.OutOfMemoryError("no memory for a bucket")
+
+
+@pytest.mark.anyio
+async def test_a_session_is_closed_before_servers_go_on_if_the_first_bucket_fails(
+    model, weights, monkeypatch
+):
+    monkeypatch.setattr(sglang_weights, "_bucket", out_of_memory)
+    async with receiving() as new, receiving(has_sessions=False) as old:
+        sink = SglangWeights([new.base_url, old.base_url], model.config)
+        with pytest.raises(torch.OutOfMemoryError) as caught:
+            await sink.update_weights(weights, 1)
+        await sink.aclose()
+    for receiver in (new, old):
+        assert receiver.paths == [
+            "pause_generation",
+            "begin_weight_update",
+            "end_weight_update",
+            "continue_generation",
+        ]
+    assert not new.is_open
+    assert not hasattr(caught.value, "__notes__")
+
+
+@pytest.mark.anyio
+async def test_a_session_is_closed_before_a_server_goes_on_if_its_beginning_is_cancelled(
+    model, weights
+):
+    async with receiving(hangs="begin_weight_update") as receiver:
+        sink = SglangWeights(receiver.base_url, model.config)
+        with anyio.move_on_after(0.5):
+            await sink.update_weights(weights, 1)
+        await sink.aclose()
+    assert receiver.paths[1:] == [
+        "begin_weight_update",
+        "end_weight_update",
+        "continue_generation",
+    ]
+    assert not receiver.is_open
+
+
+@pytest.mark.anyio
+async def test_a_server_whose_session_cannot_be_closed_stays_paused_until_an_update_succeeds(
+    model, weights, monkeypatch
+):
+    async with receiving(spoils="end_weight_update") as receiver:
+        expects(receiver, weights)
+        sink = SglangWeights(receiver.base_url, model.config)
+        with monkeypatch.context() as patched:
+            patched.setattr(sglang_weights, "_bucket", out_of_memory)
+            with pytest.raises(torch.OutOfMemoryError):
+                await sink.update_weights(weights, 1)
+        assert receiver.is_paused
+        receiver.spoils = ""
+        await sink.update_weights(weights, 1)
+        await sink.aclose()
+    assert not receiver.is_paused
+    assert not receiver.is_open
+
+
+@pytest.mark.anyio
+async def test_updated_servers_go_on_if_the_update_is_cancelled_at_its_last_step(
+    model, weights, monkeypatch
+):
+    async with receiving() as receiver:
+        expects(receiver, weights)
+        sink = SglangWeights(receiver.base_url, model.config)
+        with anyio.CancelScope() as scope:
+
+            def cancelling(tensor, *, on_gpu):
+                anyio.from_thread.run_sync(scope.cancel)
+                return checksum(tensor, on_gpu=on_gpu)
+
+            monkeypatch.setattr(sglang_weights, "checksum", cancelling)
+            await sink.update_weights(weights, 1)
+        await sink.aclose()
+    assert (sink.weight_version, sink.is_verified) == (1, True)
+    assert not receiver.is_paused
+
+
+@pytest.mark.anyio
+async def test_a_server_that_does_not_go_on_is_named(model, weights, monkeypatch):
+    monkeypatch.setattr(sglang_weights, "UNDO_S", 0.3)
+    async with receiving() as good, receiving(hangs="continue_generation") as silent:
+        sink = SglangWeights([good.base_url, silent.base_url], model.config, verifies=False)
+        with pytest.raises(ModelError, match=f"{silent.base_url} .*may stay paused"):
+            await sink.update_weights(weights, 1)
+        monkeypatch.setattr(sglang_weights, "_bucket", out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError) as caught:
+            await sink.update_weights(weights, 1)
+        await sink.aclose()
+    assert f"{silent.base_url} was told to go on" in caught.value.__notes__[0]
+    assert not good.is_paused
 
 
 @pytest.mark.anyio
@@ -363,6 +548,21 @@ async def test_a_server_that_breaks_off_while_it_reads_a_checkpoint_stays_paused
         await sink.load(tmp_path, 2)
         await sink.aclose()
     assert not receiver.is_paused
+
+
+@pytest.mark.parametrize("status", [502, 504])
+@pytest.mark.anyio
+async def test_a_server_stays_paused_if_its_gateway_answers_while_it_reads_a_checkpoint(
+    model, tmp_path, status
+):
+    checkpoint.save(model, tmp_path, dtype=torch.bfloat16)
+    how = {"spoils": "update_weights_from_disk", "says": "Gateway Time-out", "status": status}
+    async with receiving(**how) as receiver:
+        sink = SglangWeights(receiver.base_url, model.config)
+        with pytest.raises(ModelError, match=r"Gateway Time-out.*stays paused until"):
+            await sink.load(tmp_path, 1)
+        await sink.aclose()
+    assert receiver.is_paused
 
 
 @pytest.mark.anyio
@@ -478,6 +678,19 @@ async def test_who_has_the_weights_of_a_loaded_checkpoint_verifies_them(model, w
         assert sink.is_verified is False
         assert await sink.verify(weights)
         assert sink.is_verified
+        await sink.aclose()
+
+
+@pytest.mark.anyio
+async def test_the_whole_state_of_a_model_is_verified_its_correction_biases_too(model):
+    state = model.state_dict()
+    bias = next(name for name in state if name.endswith("e_score_correction_bias"))
+    async with receiving() as receiver:
+        expects(receiver, state)
+        sink = SglangWeights(receiver.base_url, model.config)
+        assert await sink.verify(state)
+        with pytest.raises(ModelError, match=f"1 tensors differ, the first is {bias}"):
+            await sink.verify({**state, bias: state[bias] + 1})
         await sink.aclose()
 
 
