@@ -87,10 +87,12 @@ def generation_of(
                 info.get("routed_experts"), shape, experts_from, num_prompt + num_completion - 1
             ),
         )
-        output_ids, matched = answer["output_ids"], finish.get("matched")
+        output_ids, matched = tuple(answer["output_ids"]), finish.get("matched")
+        if finish["type"] == "abort":  # a streamed one may repeat its last id alone
+            output_ids = token_ids
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ModelError(f"the SGLang server sent an answer without {error}") from error
-    if tuple(output_ids) != token_ids:
+    if output_ids != token_ids:
         raise ModelError("the SGLang server sent token ids and log-probabilities that differ")
     if isinstance(matched, int) and token_ids[-1:] != (matched,):
         raise ModelError(f"the SGLang server left the stop token {matched} out of its answer")

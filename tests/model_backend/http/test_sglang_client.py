@@ -515,6 +515,17 @@ async def test_what_the_listener_of_a_stream_raises_ends_the_call_and_the_reques
     assert aborted == [server.bodies[0]["rid"]]
 
 
+@pytest.mark.anyio
+async def test_a_stream_that_is_ended_in_the_queue_is_asked_for_again(wire):
+    """SGLang 0.5.11 ends it with all log-probabilities and the last id alone."""
+    ended = answer((11, 12), {"type": "abort"}) | {"output_ids": [12]}
+    events_of = [events(answer((11, 12), {"type": "length"}), ended), events(answer())]
+    async with wire.serving(*events_of) as server:
+        generation = await stream(server, lambda _: None)
+    assert generation.token_ids == (11, 12, 2)
+    assert len([body for body in server.bodies if "input_ids" in body]) == 2
+
+
 @pytest.mark.parametrize("repeats", [True, False], ids=["cumulative", "incremental"])
 @pytest.mark.anyio
 async def test_a_long_stream_keeps_no_more_than_its_tokens(wire, repeats):
