@@ -34,8 +34,8 @@ class ParlConfig:
     larger."""
     sampler: str = ""
     """SGLang servers that sample with the policy, ``sglang:URL1,URL2``: they serve ``start`` (in
-    ``dtype``), get new weights after each iteration, and serve nobody else. Without it an engine
-    in this process does."""
+    ``dtype``), get new weights after each iteration, and serve nobody else. If ``device`` is a GPU
+    they run on its machine. Without servers an engine in this process samples."""
     environment: str = "atlas-wide"
     """``atlas-wide``, ``atlas-deep``, ``atlas-long`` or ``bulk-download``."""
     documents: str = ""
