@@ -256,6 +256,16 @@ class SglangWeights:
         """As ``WeightSink.weight_version``: of the last update through this sink."""
         return self._version
 
+    async def dtypes(self) -> set[torch.dtype]:
+        """Those of the servers' weights.
+
+        Raises:
+            ModelError: a server failed.
+        """
+        async with self._lock:
+            await self._each(self._facts)
+            return {self._known[client].dtype for client in self._clients}
+
     async def update_weights(self, state_dict: Mapping[str, Tensor], weight_version: int) -> None:
         """Send all parameters to all servers; see ``WeightSink.update_weights``.
 
@@ -325,6 +335,8 @@ class SglangWeights:
             was_unfit = client in self._unfit
             self._unfit.add(client)
             self.is_verified = False
+            if client in self._in_session:  # before it reads: its end processes what is there
+                await self._end(client)
             try:
                 await self._post(client, "/update_weights_from_disk", payload)
             except ModelError as error:

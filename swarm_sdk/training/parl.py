@@ -338,6 +338,8 @@ class Parl:
     async def _resume(self) -> None:
         """Go on from the last checkpoint, if there is one."""
         journal = self.journal
+        if isinstance(self.sink, SglangWeights):
+            await self._check_dtype(self.sink)
         self._recorded = _recorded_episodes(self.ledger, self.environment.name)
         self.config.save(journal.run)
         done = journal.last_checkpoint()
@@ -357,6 +359,16 @@ class Parl:
         self._to_begin = state["open_questions"]
         self.version -= 1
         await self.publish()
+
+    async def _check_dtype(self, servers: SglangWeights) -> None:
+        """What is sampled in one precision must not be scored in another."""
+        for dtype in await servers.dtypes():
+            if dtype != DTYPES[self.config.dtype]:
+                served = str(dtype).removeprefix("torch.")
+                raise ConfigError(
+                    f"the sampler serves {served} and dtype is {self.config.dtype}: give --set "
+                    f"dtype={served}, or start it with --dtype {self.config.dtype}"
+                )
 
     def _checkpoint(self) -> None:
         toggle = self.reader.toggle

@@ -137,7 +137,8 @@ class ParlConfig:
             raise ConfigError("subagents must tell a checkpoint from iteration 0 on")
         if self.sampler and not self.sampler.startswith("sglang:http"):
             raise ConfigError(f"sampler is 'sglang:http://host:port', got '{self.sampler}'")
-        if self.sampler and any(to == self.sampler for _, to in self.subagents):
+        own = _addresses(self.sampler)
+        if any(own & _addresses(to) for _, to in self.subagents):
             raise ConfigError(
                 "the policy's servers get new weights and sub-agents must not; give subagents "
                 "servers of their own"
@@ -177,6 +178,12 @@ class ParlConfig:
         if not (run / FILE_NAME).exists():
             return
         begun = self.load(run)
+        if self.replay_routing and bool(begun.sampler) != bool(self.sampler):
+            raise ConfigError(
+                f"the run in '{run}' replays the routing of "
+                f"{'servers' if begun.sampler else 'its own engine'} and cannot change over; go on "
+                "as it was begun or choose another directory"
+            )
         for name in self.__dataclass_fields__:
             then, now = getattr(begun, name), getattr(self, name)
             if name not in MAY_CHANGE and then != now:
@@ -206,3 +213,11 @@ class ParlConfig:
             raise ConfigError(f"'{run}' is no training run: it has no {FILE_NAME}") from error
         except (ValueError, TypeError, KeyError) as error:
             raise ConfigError(f"'{path}' cannot be read: {error}") from error
+
+
+def _addresses(source: str) -> set[str]:
+    """Those of ``sglang:URL1,URL2#DIRECTORY``; none of a checkpoint."""
+    kind, _, target = source.partition(":")
+    if kind != "sglang":
+        return set()
+    return {url.rstrip("/") for url in target.partition("#")[0].split(",")}

@@ -216,8 +216,12 @@ def test_settings_go_through_the_run_directory_and_wrong_ones_are_refused(tmp_pa
     with pytest.raises(ConfigError, match="sampler is 'sglang:http://host:port', got 'nano'"):
         replace(SMALL, sampler="nano")
     servers = "sglang:http://127.0.0.1:30000"
-    with pytest.raises(ConfigError, match="give subagents servers of their own"):
-        replace(SMALL, sampler=servers, subagents=((0, "nano"), (5, servers)))
+    for alike in (servers, f"{servers}/", f"sglang:http://127.0.0.1:1,{servers[7:]}#/model"):
+        with pytest.raises(ConfigError, match="give subagents servers of their own"):
+            replace(SMALL, sampler=servers, subagents=((0, "nano"), (5, alike)))
+    replace(SMALL, replay_routing=True).save(tmp_path)
+    with pytest.raises(ConfigError, match="replays the routing of its own engine"):
+        replace(SMALL, replay_routing=True, sampler=servers).check_run(tmp_path)
     with pytest.raises(ConfigError, match="is no training run"):
         ParlConfig.load(tmp_path / "nowhere")
 

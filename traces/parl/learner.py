@@ -270,7 +270,6 @@ class Learner:
         }
         return {"model": self.model.state_dict(), "optimizer": moments}
 
-    @torch.no_grad()
     def _recorded(self, micro: MicroBatch) -> Sequence[Tensor] | None:
         """The experts [T, K] on record, of each mixture layer."""
         if micro.experts_TLK is None:
@@ -285,6 +284,7 @@ class Learner:
             )
         return micro.experts_TLK[:, text.first_k_dense_replace :].unbind(1)
 
+    @torch.no_grad()
     def _chosen(self, served: KimiModel, micro: MicroBatch) -> list[Tensor]:
         """The experts [T, K] that another network chooses, of each mixture layer."""
         chosen: list[Tensor] = []

@@ -465,6 +465,27 @@ async def test_a_server_whose_session_cannot_be_closed_stays_paused_until_an_upd
 
 
 @pytest.mark.anyio
+async def test_a_session_that_was_left_open_ends_before_a_checkpoint_is_read(
+    model, weights, monkeypatch, tmp_path
+):
+    checkpoint.save(model, tmp_path, dtype=torch.bfloat16)
+    async with receiving(spoils="end_weight_update") as receiver:
+        expects(receiver, weights)
+        sink = SglangWeights(receiver.base_url, model.config)
+        with monkeypatch.context() as patched:
+            patched.setattr(sglang_weights, "_bucket", out_of_memory)
+            with pytest.raises(torch.OutOfMemoryError):
+                await sink.update_weights(weights, 1)
+        receiver.spoils, before = "", len(receiver.paths)
+        await sink.load(tmp_path, 1)
+        await sink.aclose()
+    told = receiver.paths[before:]
+    assert told.count("end_weight_update") == 1
+    assert told.index("end_weight_update") < told.index("update_weights_from_disk")
+    assert not receiver.is_paused
+
+
+@pytest.mark.anyio
 async def test_updated_servers_go_on_if_the_update_is_cancelled_at_its_last_step(
     model, weights, monkeypatch
 ):

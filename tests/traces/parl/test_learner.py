@@ -255,7 +255,10 @@ def test_replayed_routing_takes_the_sampling_networks_experts_with_ones_own_weig
     # The same weights at the same experts: the same log-probabilities.
     replayed = learner.logprobs(micro, replayed_experts=chosen)
     torch.testing.assert_close(replayed, theirs, atol=1e-5, rtol=1e-5)
+    passes: list[bool] = []
+    served.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
     learner.accumulate(batch, replayed=served)
+    assert passes == [False], "a network that is only asked keeps nothing for a backward pass"
     gate = learner.model.layers[-1].mlp.gate
     assert gate.weight.grad is not None
     assert torch.isfinite(gate.weight.grad).all()
