@@ -112,13 +112,19 @@ def _sglang_model(target: str, api_key: str | None) -> Model:
     """`nano` behind SGLang servers, or the model whose ``config.json`` and tokenizer are named."""
     from swarm_sdk.model_backend.sglang_client import open_sglang
 
-    urls, _, directory = target.partition("#")
+    urls, directory = servers_and_directory(target)
     return open_sglang(
-        urls.split(","),
+        urls,
         Path(directory) if directory else nano_directory(),
         sees_images=bool(directory),
         api_key=api_key,
     )
+
+
+def servers_and_directory(target: str) -> tuple[list[str], str]:
+    """The addresses of ``URL,URL#DIRECTORY``, and the directory; empty where it names none."""
+    urls, _, directory = target.partition("#")
+    return urls.split(","), directory
 
 
 def read_files(files: Sequence[Image | Path | str]) -> tuple[Image, ...]:

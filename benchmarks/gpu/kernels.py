@@ -684,8 +684,6 @@ def compare_attention(
             candidates["cudnn one by one, values as they are"] = one_by_one(
                 [SDPBackend.CUDNN_ATTENTION], pads=False
             )
-        if prefix_of is None:
-            candidates["cudnn, packed"] = packed(cudnn_attention)
     wanted = None
     with bench.kernel(f"attention {name} reference"):
         exact = [x.detach()[:, :2].float().requires_grad_() for x in (q, k, v)]
@@ -724,28 +722,6 @@ def compare_attention(
                 gradient_errors=errors,
                 **({"kernels": profile(bench, step)[:6]} if candidate.startswith("ours") else {}),
             )
-
-
-def cudnn_attention(
-    q: Tensor, k: Tensor, v: Tensor, packing: Packing, *, scale: float, is_causal: bool
-) -> Tensor:
-    """Packed sequences by cuDNN; keys lie as queries do."""
-    out: Tensor = torch.ops.aten._cudnn_attention_forward(  # noqa: SLF001
-        q,
-        k,
-        v,
-        None,
-        packing.q_ends,
-        packing.k_ends,
-        packing.max_q,
-        packing.max_k,
-        True,  # noqa: FBT003
-        0.0,
-        is_causal,
-        False,  # noqa: FBT003
-        scale=scale,
-    )[0]
-    return out
 
 
 def flex_attention(

@@ -35,7 +35,7 @@ from swarm_sdk.atlas.environments import (
     LongDocuments,
     WideSearch,
 )
-from swarm_sdk.config import check_model_string, nano_directory
+from swarm_sdk.config import check_model_string, nano_directory, servers_and_directory
 from swarm_sdk.errors import ConfigError, LedgerError, NotTrainable
 from swarm_sdk.model_backend.chat.dialogue import TokenModel
 from swarm_sdk.model_backend.embedded import open_embedded
@@ -512,8 +512,8 @@ def servers_of(source: str, default: str) -> tuple[list[str], Path]:
         ConfigError: it names none, or there is no such directory.
     """
     _, target = check_model_string(source)
-    urls, _, directory = target.partition("#")
-    return urls.split(","), checkpoint_directory(directory or default)
+    urls, directory = servers_and_directory(target)
+    return urls, checkpoint_directory(directory or default)
 
 
 def make_environment(config: ParlConfig) -> DrawnEnvironment:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, Self
 
+from swarm_sdk.config import servers_and_directory
 from swarm_sdk.errors import ConfigError
 from swarm_sdk.traces.parl.learner import LearnerConfig
 from swarm_sdk.traces.parl.loss import Clip, LossConfig
@@ -220,4 +221,5 @@ def _addresses(source: str) -> set[str]:
     kind, _, target = source.partition(":")
     if kind != "sglang":
         return set()
-    return {url.rstrip("/") for url in target.partition("#")[0].split(",")}
+    urls, _ = servers_and_directory(target)
+    return {url.rstrip("/") for url in urls}

@@ -1,12 +1,10 @@
 """Attention of rows over pages: the plain form against a loop in float64, the kernel against it."""
 
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 
 import pytest
 import torch
+from interpreted import mend_interpreter, run_interpreted
 
 from swarm_sdk.model_backend.kernels.paged_attention import attend_rows, attend_rows_reference
 
@@ -55,30 +53,7 @@ def test_the_kernel_gives_what_the_plain_form_gives(dtype, tolerance, num_heads)
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 def test_the_kernel_interpreted_on_the_cpu_gives_what_the_plain_form_gives():
-    """In a process of its own: Triton reads the variable when it is loaded."""
-    done = subprocess.run(
-        [sys.executable, __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-
-
-def mend_interpreter():
-    """numpy 2.4 makes no int of an array of one number, which Triton 3.6's interpreter asks for."""
-    from triton.runtime import interpreter
-
-    scope = interpreter._LangPatchScope
-    set_attr = scope.set_attr
-
-    def set_mended(self, owner, name, value):
-        if name == "__index__":
-            value = lambda tensor: int(tensor.handle.data.item())  # noqa: E731
-        set_attr(self, owner, name, value)
-
-    scope.set_attr = set_mended
+    run_interpreted(__file__)
 
 
 if __name__ == "__main__":

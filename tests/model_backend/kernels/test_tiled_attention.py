@@ -1,12 +1,10 @@
 """Our kernels of packed attention, by Triton's interpreter on a CPU, against the plain form."""
 
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 
 import pytest
 import torch
+from interpreted import mend_interpreter, run_interpreted
 
 from swarm_sdk.model_backend.kernels import attention
 from swarm_sdk.model_backend.kernels.attention import (
@@ -137,30 +135,7 @@ def test_packed_attention_runs_the_tiles_and_gives_the_same_each_time(monkeypatc
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 def test_values_and_gradients_interpreted_on_the_cpu_are_those_of_the_plain_form():
-    """In a process of its own: Triton reads the variable when it is loaded."""
-    done = subprocess.run(
-        [sys.executable, __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-
-
-def mend_interpreter():
-    """numpy 2.4 makes no int of an array of one number, which Triton 3.6's interpreter asks for."""
-    from triton.runtime import interpreter
-
-    scope = interpreter._LangPatchScope
-    set_attr = scope.set_attr
-
-    def set_mended(self, owner, name, value):
-        if name == "__index__":
-            value = lambda tensor: int(tensor.handle.data.item())  # noqa: E731
-        set_attr(self, owner, name, value)
-
-    scope.set_attr = set_mended
+    run_interpreted(__file__)
 
 
 if __name__ == "__main__":
