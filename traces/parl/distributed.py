@@ -102,8 +102,9 @@ class Team:
         return list(groups[self.rank :: self.size])
 
     def leave(self) -> None:
-        """Take the process group down."""
+        """Take the process group down, when all have come here."""
         if self.size > 1 and dist.is_initialized():
+            dist.barrier()
             dist.destroy_process_group()
 
 
